@@ -1,0 +1,136 @@
+"""Texts, figures and costs while a stage is trained."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from crocodil.diffusion.noise import RowNoise
+from crocodil.evaluation.metrics import parse_rate, unigram_entropy, unique_rate
+from crocodil.modules import AutoencoderModule, CrocodilModule, PriorModule
+from crocodil.pipeline import ALGORITHMS
+from crocodil.samplers import MaskedSampler
+from crocodil.samplers.unmasking import Remasking
+
+Algorithm = Literal["masked", "conthendisc", "conwithindisc", "reconstruction"]
+
+
+class SampleTexts(L.Callback):
+    """At chosen validations, writes texts and logs them with their figures and their cost.
+
+    The texts go to TensorBoard if that is the logger, and always to `samples/step-N-ALGORITHM.txt` in the log folder;
+    the figures are logged as `sample_ALGORITHM_parse_rate`, `_entropy`, `_unique_rate`, `_nfe`.
+
+    Args:
+        algorithms: which to run; None takes what the stage has: "masked" for a demasker, "reconstruction" for an
+            autoencoder (held-out texts written again from their registers), "conthendisc" and "conwithindisc" for a
+            prior.
+        num_samples: texts for each algorithm.
+        num_steps: demasker calls a text.
+        every_n_validations: 1 samples at every validation.
+        remasking: see `MaskedSampler`.
+        temperature: see `MaskedSampler`.
+        prior_steps: steps of the latent prior.
+        seed: the same texts' noise at every validation.
+
+    Raises:
+        ValueError: if an algorithm is unknown.
+    """
+
+    def __init__(
+        self,
+        algorithms: Sequence[Algorithm] | None = None,
+        num_samples: int = 8,
+        num_steps: int = 8,
+        every_n_validations: int = 1,
+        remasking: Remasking = "low_confidence",
+        temperature: float = 0.7,
+        prior_steps: int = 16,
+        seed: int = 0,
+    ) -> None:
+        known = (*ALGORITHMS, "reconstruction")
+        if unknown := [name for name in algorithms or () if name not in known]:
+            raise ValueError(f"SampleTexts knows the algorithms {', '.join(known)}, got {', '.join(unknown)}")
+        self.algorithms = algorithms
+        self.num_samples = num_samples
+        self.every_n_validations = every_n_validations
+        self.sampler = MaskedSampler(num_steps, remasking=remasking, temperature=temperature)
+        self.prior_steps = prior_steps
+        self.seed = seed
+        self._validations = 0
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Samples, if it is the turn of this validation."""
+        self._validations += 1
+        if trainer.sanity_checking or (self._validations - 1) % self.every_n_validations:
+            return
+        assert isinstance(pl_module, CrocodilModule)
+        for algorithm in self.algorithms or default_algorithms(pl_module):
+            texts, token_ids, nfe = self._write(trainer, pl_module, algorithm)
+            eos = trainer.datamodule.vocabulary.eos_token_id  # type: ignore[attr-defined]
+            figures = {
+                "parse_rate": parse_rate(texts),
+                "unique_rate": unique_rate(texts),
+                "entropy": unigram_entropy(token_ids, eos),
+                "nfe": nfe,
+            }
+            pl_module.log_dict(
+                {f"sample_{algorithm}_{name}": value for name, value in figures.items()}, rank_zero_only=True
+            )
+            self._log_texts(trainer, algorithm, texts)
+
+    def _write(
+        self, trainer: L.Trainer, pl_module: CrocodilModule, algorithm: Algorithm
+    ) -> tuple[list[str], Tensor, float]:
+        """Texts of one algorithm, their token ids, and the demasker-call equivalents of a text."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if algorithm == "reconstruction":
+            return self._reconstruct(data.blocks("val")[: self.num_samples], data.codec, pl_module)
+        result = pl_module.pipeline(data.codec)(
+            self.num_samples,
+            data.length,
+            algorithm,
+            self.sampler.num_steps,
+            seed=self.seed,
+            remasking=self.sampler.remasking,
+            temperature=self.sampler.temperature,
+            prior_steps=self.prior_steps,
+        )
+        return result.texts, result.token_ids, result.cost.nfe
+
+    def _reconstruct(self, source: Tensor, codec, module: CrocodilModule) -> tuple[list[str], Tensor, float]:  # type: ignore[no-untyped-def]
+        assert isinstance(module, AutoencoderModule | PriorModule), "only stages with an encoder can reconstruct"
+        source = source.to(module.device)
+        noise = RowNoise(source.new_full((len(source),), self.seed) * 2**32 + source.new_ones(len(source)).cumsum(0))
+        out = self.sampler.sample(
+            module.demasker,
+            length=source.shape[1],
+            batch_size=len(source),
+            latents=module.encoder(source),
+            generator=noise,
+            device=module.device,
+        )
+        accuracy = (out.token_ids == source).float().mean()
+        module.log("sample_reconstruction_token_accuracy", accuracy, rank_zero_only=True)
+        return [codec.decode(row) for row in out.token_ids], out.token_ids, float(out.num_calls)
+
+    def _log_texts(self, trainer: L.Trainer, algorithm: str, texts: Sequence[str]) -> None:
+        if not trainer.is_global_zero:
+            return
+        page = ("\n" + "-" * 60 + "\n").join(texts)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"samples/{algorithm}", f"```python\n{page}\n```", trainer.global_step)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step-{trainer.global_step:06d}-{algorithm}.txt").write_text(page + "\n")
+
+
+def default_algorithms(module: CrocodilModule) -> tuple[Algorithm, ...]:
+    """What makes sense at a stage."""
+    if isinstance(module, PriorModule):
+        return ("conthendisc", "conwithindisc") if module.condition_share else ("conthendisc",)
+    return ("reconstruction",) if isinstance(module, AutoencoderModule) else ("masked",)

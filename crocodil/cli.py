@@ -1,0 +1,109 @@
+"""The command `crocodil`; heavy imports happen only in the command that needs them."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from crocodil import __version__
+
+TRAINER_COMMANDS = {
+    "fit": "train a stage: --config lightning_configs/NAME.yaml [--model.init_args.x=...]",
+    "validate": "held-out figures of a checkpoint on the validation split: --config ... --ckpt_path ...",
+    "test": "the same on the test split, in more detail",
+    "predict": "write texts as JSON lines: --config ... --ckpt_path ...",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but the Trainer's own commands."""
+    parser = argparse.ArgumentParser(
+        prog="crocodil", description="A continuous sketch of the text guides a masked-diffusion language model."
+    )
+    parser.add_argument("--version", action="version", version=f"crocodil {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in TRAINER_COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    _add_sample(commands.add_parser("sample", help="write texts with a pipeline: --pipeline DIR"))
+    _add_export(commands.add_parser("export", help="turn checkpoints into a pipeline folder"))
+    _add_quickstart(commands.add_parser("quickstart", help="train a small system on this machine and compare"))
+    return parser
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Writes texts, one JSON object a line: text, token_ids, cost."
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="folder written by `crocodil export`")
+    parser.add_argument("--algorithm", default="conthendisc", help="masked, conthendisc or conwithindisc")
+    parser.add_argument("--num_samples", type=int, default=4, help="texts, or texts for each prompt")
+    parser.add_argument("--length", type=int, help="tokens to write; default: as many as the model reads")
+    parser.add_argument("--num_steps", type=int, default=8, help="demasker calls a text")
+    parser.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="kept in front; repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--remasking", default="low_confidence", help="random, low_confidence, margin or entropy")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
+    parser.add_argument("--block_size", type=int, help="finish blocks of this many tokens from left to right")
+    parser.add_argument("--num_registers", type=int, help="read the first k registers only")
+    parser.add_argument("--prior_steps", type=int, default=32, help="steps of the latent prior")
+    parser.add_argument("--refresh_steps", type=int, nargs="+", help="steps before which conwithindisc draws again")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of conditional draws; 1.0 is off")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="default: standard output")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Collects the stages' networks into one folder for `crocodil sample`."
+    parser.add_argument("--autoencoder", metavar="CKPT", help="checkpoint of the autoencoder stage")
+    parser.add_argument("--prior", metavar="CKPT", help="checkpoint of the prior stage")
+    parser.add_argument("--base", metavar="CKPT", help="checkpoint of the demasker stage, for the algorithm `masked`")
+    parser.add_argument("--output", required=True, metavar="DIR")
+
+
+def _add_quickstart(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Trains base, autoencoder, prior and judge on Python functions found on this machine, compares the samplers, "
+        "and writes results.json, report.html and a pipeline. Interrupted and started again, it goes on."
+    )
+    parser.add_argument("--output_dir", default="quickstart", metavar="DIR", help="default: ./quickstart")
+    parser.add_argument("--seed", type=int, default=0, help="of training and data order")
+    parser.add_argument("--num_samples", type=int, help="texts for each row and seed of the comparison")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies all training steps; below 1 for a quick look"
+    )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs one command; errors a user can mend are ValueErrors of one sentence."""
+    if arguments and arguments[0] in TRAINER_COMMANDS:
+        from crocodil.trainer_cli import run_trainer
+
+        run_trainer(list(arguments))
+        return
+    options = vars(build_parser().parse_args(arguments))
+    command = options.pop("command")
+    if command == "sample":
+        from crocodil.commands import sample
+
+        sample(**options)
+    elif command == "export":
+        from crocodil.commands import export
+
+        export(**options)
+    else:
+        from crocodil.quickstart import quickstart
+
+        quickstart(**options)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        run(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"crocodil: {error}")
+    except KeyboardInterrupt:
+        print("\ncrocodil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

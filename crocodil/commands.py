@@ -1,0 +1,113 @@
+"""`crocodil sample` and `crocodil export`."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.output import check_writable
+from crocodil.pipeline import CrocodilPipeline, LatentProcess
+from crocodil.samplers.masked import ProgressCallback
+
+
+def sample(
+    pipeline: str,
+    algorithm: str,
+    num_samples: int,
+    prompts: Sequence[str] | None,
+    output: str | None,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Writes texts as JSON lines, to a file or to standard output.
+
+    Args:
+        pipeline: folder of a pipeline.
+        algorithm: see `CrocodilPipeline.__call__`.
+        num_samples: likewise.
+        prompts: likewise.
+        output: file to write; None for standard output.
+        device: "auto" takes a GPU if there is one.
+        settings: further arguments of `CrocodilPipeline.__call__`.
+    """
+    if output is not None:
+        check_writable(Path(output).parent)
+    pipe = CrocodilPipeline.from_pretrained(pipeline)
+    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    with progress_bar() as progress:
+        result = pipe(num_samples, algorithm=algorithm, prompts=prompts, progress=progress, **settings)
+    cost = result.cost.to_dict()
+    lines = [
+        json.dumps({"text": text, "token_ids": row.tolist(), "cost": cost})
+        for text, row in zip(result.texts, result.token_ids, strict=True)
+    ]
+    if output is None:
+        print("\n".join(lines))
+        return
+    Path(output).write_text("\n".join(lines) + "\n")
+    Console(stderr=True).print(
+        f"{len(lines)} texts written to {output}: {cost['nfe']:.2f} demasker-call equivalents a text, "
+        f"{cost['tokens_per_second']:.0f} tokens per second"
+    )
+
+
+def export(autoencoder: str | None, prior: str | None, base: str | None, output: str) -> None:
+    """Collects checkpoints into a pipeline folder.
+
+    Args:
+        autoencoder: checkpoint of the autoencoder stage.
+        prior: checkpoint of the prior stage, trained on that autoencoder.
+        base: checkpoint of the demasker stage, which the algorithm "masked" samples from.
+        output: folder to write.
+    """
+    check_writable(output)
+    build_pipeline(autoencoder, prior, base).save_pretrained(output)
+    Console(stderr=True).print(f"pipeline written to {output}; try: crocodil sample --pipeline {output}")
+
+
+def build_pipeline(autoencoder: str | None, prior: str | None, base: str | None) -> CrocodilPipeline:
+    """The pipeline of some checkpoints, on the CPU.
+
+    Raises:
+        ValueError: if the checkpoints are of the wrong stages or do not belong together.
+    """
+    base_checkpoint = None if base is None else StageCheckpoint(base, "demasker")
+    if autoencoder is None:
+        if base_checkpoint is None or prior is not None:
+            raise ValueError("export needs --autoencoder (and --prior), or --base alone for a plain model")
+        return CrocodilPipeline(base_checkpoint.demasker(), base_checkpoint.codec)
+    checkpoint = StageCheckpoint(autoencoder, "autoencoder")
+    parts: dict[str, Any] = {"encoder": checkpoint.encoder()}
+    if prior is not None:
+        prior_checkpoint = StageCheckpoint(prior, "prior")
+        trained_on = prior_checkpoint.networks["autoencoder"]
+        if trained_on != parts["encoder"].fingerprint():
+            raise ValueError(
+                f"{prior} was trained on another autoencoder than {autoencoder}; export the one it belongs to"
+            )
+        parts["prior"] = prior_checkpoint.prior()
+        parts["latent_process"] = LatentProcess.from_dict(prior_checkpoint.networks["latent_process"])
+    if base_checkpoint is not None:
+        parts["base"] = base_checkpoint.demasker()
+    return CrocodilPipeline(checkpoint.demasker(), checkpoint.codec, **parts)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressCallback]:
+    """A bar a network, on standard error, that follows a sampler's calls."""
+    columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(network: str, done: int, total: int) -> None:
+            if network not in tasks:
+                tasks[network] = bars.add_task(network, total=total)
+            bars.update(tasks[network], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,62 @@
+"""Blocks of token ids as a PyTorch dataset, read a batch at a time, and the order in which an epoch sees them."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+
+class BlockDataset(Dataset[Tensor]):
+    """Rows of an integer array.
+
+    Args:
+        array: (N, L) integers, possibly memory-mapped.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])["token_ids"][0]
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A whole batch at once: {"token_ids": (B, L) int64}; a DataLoader calls this instead of `__getitem__`."""
+        return {"token_ids": torch.from_numpy(self.array[np.asarray(indices)].astype(np.int64))}
+
+
+class EpochShuffle(Sampler[int]):
+    """A fresh permutation for each epoch, a function of (seed, epoch) alone.
+
+    Args:
+        size: number of items.
+        seed: at least 0.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch; the Trainer of Lightning calls this before each one.
+
+        Args:
+            epoch: number of the epoch, from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+
+
+def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collate function of a dataset that gives whole batches."""
+    return batch

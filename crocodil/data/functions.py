@@ -1,0 +1,75 @@
+"""Canonical functions of many files: read in parallel, divided into splits, duplicates removed."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+
+from crocodil.data.canonical import CANONICAL_TOKENS, canonical_functions
+from crocodil.data.corpora import SkipCount, SourceFile, Split, read_text, split_of, with_progress
+
+MIN_FILES_FOR_POOL = 256
+_TOKEN_IDS = {token: token_id for token_id, token in enumerate(CANONICAL_TOKENS)}
+assert len(_TOKEN_IDS) <= 256  # a function travels between processes as one byte a token
+
+
+def functions_of_file(file: SourceFile, min_tokens: int, max_tokens: int) -> tuple[list[bytes], SkipCount]:
+    """Token ids (one byte a token) of the canonical functions of one file, and whether the file was skipped.
+
+    Args:
+        file: the file to read.
+        min_tokens: shorter functions are left out.
+        max_tokens: longer functions are left out.
+    """
+    skipped = SkipCount()
+    text = read_text(file.path, skipped)
+    if text is None:
+        return [], skipped
+    try:
+        functions = [function for function in canonical_functions(text, max_tokens) if len(function) >= min_tokens]
+    except ValueError:
+        skipped.unparsable += 1
+        return [], skipped
+    return [bytes(_TOKEN_IDS[token] for token in function) for function in functions], skipped
+
+
+def read_functions(
+    files: Sequence[SourceFile], min_tokens: int, max_tokens: int
+) -> tuple[dict[Split, list[bytes]], SkipCount]:
+    """Canonical functions of many files by split, and the files that were skipped.
+
+    Args:
+        files: files in a fixed order.
+        min_tokens: shorter functions are left out.
+        max_tokens: longer functions are left out.
+
+    Returns:
+        Token ids of each function, one byte a token, in order of file and of place in the file; the skipped files.
+
+    Raises:
+        RuntimeError: if worker processes cannot start.
+    """
+    found: dict[Split, list[bytes]] = {"train": [], "val": [], "test": []}
+    all_skipped = SkipCount()
+    results = with_progress(files, _read_all(files, min_tokens, max_tokens), "Reading Python functions")
+    for file, (functions, skipped) in zip(files, results, strict=True):
+        found[split_of(file.name)] += functions
+        all_skipped.add(skipped)
+    return found, all_skipped
+
+
+def _read_all(files: Sequence[SourceFile], min_tokens: int, max_tokens: int) -> Iterator[tuple[list[bytes], SkipCount]]:
+    read = partial(functions_of_file, min_tokens=min_tokens, max_tokens=max_tokens)
+    if len(files) < MIN_FILES_FOR_POOL:
+        yield from map(read, files)
+        return
+    context = multiprocessing.get_context("spawn")  # fork would copy the threads' locks of a running trainer
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+            yield from pool.map(read, files, chunksize=16)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            'worker processes could not start: put the main part of your script under `if __name__ == "__main__":`.'
+        ) from error

@@ -1,0 +1,1 @@
+"""The two noise processes as pure mathematics; t = 1 is noise in both."""

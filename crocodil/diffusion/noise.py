@@ -1,0 +1,63 @@
+"""Counter-based random numbers: a value depends on its own keys, never on the batch it travels in."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def mix(keys: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele et al., 2014), on int64 tensors with wrap-around."""
+    keys = (keys ^ _shift_right(keys, 30)) * _MIX_1
+    keys = (keys ^ _shift_right(keys, 27)) * _MIX_2
+    return keys ^ _shift_right(keys, 31)
+
+
+def _shift_right(keys: Tensor, bits: int) -> Tensor:
+    """Logical shift: the sign bit is not copied."""
+    return (keys >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class RowNoise:
+    """Independent streams of random numbers, one for each row of a batch.
+
+    Each value is a hash of (seed of the row, stream, step, index): the same on every device, whatever the batch
+    size and whichever rows share the batch.
+
+    Args:
+        seeds: (B,) int64, one for each row.
+    """
+
+    def __init__(self, seeds: Tensor) -> None:
+        self.keys = mix(mix(seeds.long()) + _GOLDEN)
+
+    @classmethod
+    def from_generator(cls, generator: torch.Generator | None, batch_size: int, device: torch.device) -> "RowNoise":
+        """Draws one seed a row from `generator`, or from torch's global generator if None."""
+        source = torch.device("cpu") if generator is None else generator.device
+        seeds = torch.randint(-(2**63), 2**63 - 1, (batch_size,), generator=generator, device=source)
+        return cls(seeds.to(device))
+
+    def uniform(self, stream: int, step: int, size: int) -> Tensor:
+        """(B, size) float64, uniform on the open interval (0, 1): odd multiples of 2^-53, all exact in float64."""
+        index = torch.arange(1, size + 1, device=self.keys.device)
+        key = mix(self.keys + _wrap(_GOLDEN * 3 * (stream + 1)))
+        key = mix(key + _wrap(_GOLDEN * (step + 1)))
+        bits = _shift_right(mix(key[:, None] + index * _GOLDEN), 12)
+        return (bits.double() + 0.5) * 2.0**-52
+
+    def normal(self, stream: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) float32 standard normal numbers, by the Box-Muller transform in float64."""
+        size = math.prod(shape)
+        u, v = self.uniform(stream, step, 2 * size).chunk(2, dim=1)
+        values = (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
+        return values.float().view(-1, *shape)
+
+
+def _wrap(value: int) -> int:
+    """A Python integer reduced to the signed 64-bit range."""
+    return (value + 2**63) % 2**64 - 2**63

@@ -1,0 +1,7 @@
+"""The networks: plain `nn.Module`s, without Lightning."""
+
+from crocodil.models.demasker import Demasker
+from crocodil.models.encoder import RegisterEncoder
+from crocodil.models.prior import LatentPrior
+
+__all__ = ["Demasker", "LatentPrior", "RegisterEncoder"]

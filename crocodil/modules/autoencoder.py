@@ -1,0 +1,231 @@
+"""Stage 2: encoder and demasker together, so that K registers tell the demasker what the text is about."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from crocodil.data.codec import TextCodec
+from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.gaussian import disturb
+from crocodil.diffusion.masking import (
+    LinearMasking,
+    LossWeight,
+    MaskingSchedule,
+    corrupt,
+    masked_cross_entropy,
+    token_cross_entropy,
+)
+from crocodil.diffusion.noise import RowNoise
+from crocodil.models import Demasker, RegisterEncoder
+from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, Batch, CrocodilModule
+from crocodil.modules.checkpoints import Stage, StageCheckpoint
+from crocodil.modules.demasker import check_vocabulary, draw_masks
+from crocodil.modules.optimizers import MuonAdamW
+from crocodil.pipeline import CrocodilPipeline
+from crocodil.samplers import MaskedSampler
+
+MASK_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class LatentRegularisation:
+    """How the latents are disturbed on their way to the demasker. All shares are of rows, in [0, 1].
+
+    Reconstruction and generation pull in opposite directions, and these decide (DiLaDiff): select by generation.
+
+    Args:
+        noise_std: sigma of z~ = (z + sigma noise) / sqrt(1 + sigma^2); 0.75 is the paper's cosine of 0.8.
+        noise_warmup_steps: optimizer steps over which sigma rises from 0, so that the registers are heard from the
+            first step on.
+        nested_dropout: share of rows that keep only their first k registers, k uniform on 1..K.
+        dropout: share of rows without any latents, which keeps the plain model alive (and guidance possible).
+        replacement: share of rows whose whole latent is replaced by noise.
+        masking: probability of each register to be hidden, in every row.
+        input_masking: share of rows whose text is masked at a random ratio before it is encoded, so that h(x_t) of a
+            partly masked text is something the encoder knows.
+    """
+
+    noise_std: float = 0.75
+    noise_warmup_steps: int = 0
+    nested_dropout: float = 0.5
+    dropout: float = 0.05
+    replacement: float = 0.0
+    masking: float = 0.0
+    input_masking: float = 0.0
+
+
+class AutoencoderModule(CrocodilModule):
+    """Minimises E_t [ w_t sum over masked positions of -log f_theta(x_0 | x_t, z~) ] / L over encoder and demasker.
+
+    Args:
+        vocabulary: of the data; the CLI links it from the DataModule.
+        demasker_checkpoint: the base, a checkpoint of the demasker stage.
+        encoder: settings of the encoder's network, or "demasker" to start it as a copy of the base.
+        num_registers: K.
+        latent_dim: D.
+        regularisation: what happens to the latents between encoder and demasker.
+        sampler: writes the reconstructions at `predict`; None takes the defaults of `MaskedSampler` at 8 steps.
+        masking: noise schedule of the masked process.
+        loss_weight: see `DemaskerModule`.
+        statistics_weight: share of each batch in the running latent statistics.
+        optimizer: see `CrocodilModule`.
+        lr_scheduler: see `CrocodilModule`.
+        seed: see `CrocodilModule`.
+        compile: see `CrocodilModule`.
+    """
+
+    stage: ClassVar[Stage] = "autoencoder"
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        demasker_checkpoint: str,
+        encoder: dict[str, Any] | Literal["demasker"] = "demasker",
+        num_registers: int = 16,
+        latent_dim: int = 32,
+        regularisation: LatentRegularisation | None = None,
+        sampler: MaskedSampler | None = None,
+        masking: MaskingSchedule | None = None,
+        loss_weight: LossWeight = "elbo",
+        statistics_weight: float = 0.02,
+        optimizer: OptimizerCallable = MuonAdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed, compile)
+        self.demasker = StageCheckpoint(demasker_checkpoint, "demasker").demasker().with_latents(latent_dim)
+        check_vocabulary(self.demasker, vocabulary)
+        self.encoder = build_encoder(encoder, self.demasker, num_registers, latent_dim)
+        self.regularisation = regularisation or LatentRegularisation()
+        self.sampler = sampler or MaskedSampler(8)
+        self.masking = masking or LinearMasking()
+        self.loss_weight: LossWeight = loss_weight
+        self.statistics_weight = statistics_weight
+
+    def trained_networks(self) -> Iterable[nn.Module]:
+        """The demasker and the network inside the encoder."""
+        return [self.demasker, self.encoder.network]
+
+    def network_configs(self) -> dict[str, Any]:
+        """Settings of both networks."""
+        return {"demasker": self.demasker.to_config(), "encoder": self.encoder.to_config()}
+
+    def pipeline(self, codec: TextCodec) -> CrocodilPipeline:
+        """Demasker and encoder: algorithm `masked`, and reconstruction."""
+        return CrocodilPipeline(self.demasker, codec, self.encoder)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The masked-diffusion loss under disturbed latents."""
+        token_ids, noise = batch["token_ids"], self.training_noise(batch)
+        raw = self.encoder.encode(self._encoder_input(token_ids, noise))
+        warm_up = 1.0 / (1 + self.global_step)  # a plain average first, a moving one later
+        self.encoder.update_statistics(raw, max(self.statistics_weight, warm_up))
+        ramp = min(1.0, self.global_step / max(1, self.regularisation.noise_warmup_steps))
+        latents, latent_mask = disturb_latents(self.encoder.standardize(raw), noise, self.regularisation, ramp)
+        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
+        logits = self.demasker(noisy_ids, latents, latent_mask=latent_mask)
+        loss = masked_cross_entropy(logits, token_ids, is_masked, point, self.loss_weight)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def _encoder_input(self, token_ids: Tensor, noise: RowNoise) -> Tensor:
+        share = self.regularisation.input_masking
+        if not share:
+            return token_ids
+        chosen, ratio = noise.uniform(STREAM_CHOICE, 1, 2).unbind(1)
+        uniform = noise.uniform(STREAM_MASK, 1, token_ids.shape[1])
+        return corrupt(token_ids, ratio * (chosen < share), uniform, self.demasker.mask_token_id)[0]
+
+    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+        """Negative ELBOs in nats per token: `loss` under disturbed latents, `loss_clean`, `loss_no_latents`."""
+        token_ids = batch["token_ids"]
+        latents = self.encoder(token_ids)
+        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
+        fresh = noise.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
+        disturbed = disturb(latents, fresh, self.regularisation.noise_std)
+        return {
+            name: masked_cross_entropy(self.demasker(noisy_ids, z), token_ids, is_masked, point, "elbo")
+            for name, z in {"loss": disturbed, "loss_clean": latents, "loss_no_latents": None}.items()
+        }
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Beside the figures of validation, the cross-entropy against the mask ratio, with and without latents."""
+        super().test_step(batch, batch_idx)
+        losses = conditioning_losses(
+            self.demasker, self.encoder, batch["token_ids"], self.held_out_noise(batch, batch_idx)
+        )
+        for name, value in losses.items():
+            self.log(f"test_{name}", value, sync_dist=True, batch_size=batch["token_ids"].shape[0])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Autoencoding: a held-out text is encoded and written again from its registers alone."""
+        source = batch["token_ids"]
+        out = self.sampler.sample(
+            self.demasker,
+            length=source.shape[1],
+            batch_size=source.shape[0],
+            latents=self.encoder(source),
+            generator=self.held_out_noise(batch, batch_idx),
+            device=source.device,
+        )
+        accuracy = (out.token_ids == source).float().mean(1)
+        return {"token_ids": out.token_ids, "source_token_ids": source, "token_accuracy": accuracy}
+
+
+def build_encoder(
+    settings: dict[str, Any] | Literal["demasker"], demasker: Demasker, num_registers: int, latent_dim: int
+) -> RegisterEncoder:
+    """The encoder from its settings, or as a copy of the demasker's network."""
+    if settings != "demasker":
+        settings = {"vocab_size": demasker.vocab_size, **settings}
+        return RegisterEncoder(settings, num_registers=num_registers, latent_dim=latent_dim)
+    config = demasker.network.config
+    encoder = RegisterEncoder(config, num_registers=num_registers, latent_dim=latent_dim)
+    encoder.network.load_state_dict(demasker.network.get_decoder().state_dict())
+    return encoder
+
+
+def disturb_latents(
+    latents: Tensor, noise: RowNoise, regularisation: LatentRegularisation, ramp: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """Latents (B, K, D) as the demasker sees them in training, and which registers (B, K) it sees; None for all."""
+    settings, registers = regularisation, latents.shape[1]
+    nested, cut, dropped, replaced = noise.uniform(STREAM_CHOICE, 0, 4).unbind(1)
+    fresh = noise.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
+    disturbed = disturb(latents, fresh, settings.noise_std * torch.tensor(ramp))
+    if settings.replacement:
+        disturbed = torch.where((replaced < settings.replacement)[:, None, None], fresh, disturbed)
+    if not (settings.nested_dropout or settings.dropout or settings.masking):
+        return disturbed, None
+    kept = torch.where(nested < settings.nested_dropout, (cut * registers).long() + 1, registers)
+    kept = kept * (dropped >= settings.dropout)
+    visible = torch.arange(registers, device=latents.device) < kept[:, None]
+    if settings.masking:
+        visible &= noise.uniform(STREAM_CHOICE, 2, registers) >= settings.masking
+    return disturbed, visible
+
+
+@torch.no_grad()
+def conditioning_losses(
+    demasker: Demasker, encoder: RegisterEncoder, token_ids: Tensor, noise: RowNoise
+) -> dict[str, Tensor]:
+    """Mean cross-entropy at masked positions, in nats, for each ratio of `MASK_RATIOS` (the paper's figure 4).
+
+    Returns:
+        `masked_loss_0.5` under the true latents and `masked_loss_no_latents_0.5` without, and so on.
+    """
+    latents = encoder(token_ids)
+    uniform = noise.uniform(STREAM_MASK, 2, token_ids.shape[1])
+    losses = {}
+    for ratio in MASK_RATIOS:
+        mask_prob = torch.full((token_ids.shape[0],), ratio, device=token_ids.device)
+        noisy_ids, is_masked = corrupt(token_ids, mask_prob, uniform, demasker.mask_token_id)
+        for name, z in (("masked_loss", latents), ("masked_loss_no_latents", None)):
+            nats = token_cross_entropy(demasker(noisy_ids, z), token_ids)
+            losses[f"{name}_{ratio}"] = (nats * is_masked).sum() / is_masked.sum().clamp(min=1)
+    return losses

@@ -1,0 +1,105 @@
+"""From the checkpoint of one stage to the networks of the next; plain data only, no pickle."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from crocodil.data.codec import TextCodec
+from crocodil.evaluation.judge import build_judge
+from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+
+Stage = Literal["demasker", "autoencoder", "prior", "judge"]
+RECORD_KEY = "crocodil"
+FORMAT = 1
+
+
+def stage_record(stage: Stage, networks: dict[str, Any], codec: TextCodec | None) -> dict[str, Any]:
+    """What a checkpoint says about itself, beside Lightning's own entries."""
+    return {
+        "format": FORMAT,
+        "stage": stage,
+        "networks": networks,
+        "codec": None if codec is None else codec.to_state(),
+    }
+
+
+def check_stage(record: dict[str, Any] | None, stage: Stage, source: str | Path) -> None:
+    """Refuses a checkpoint of another stage, or none of ours.
+
+    Raises:
+        ValueError: if `record` is not that of the stage.
+    """
+    if record is None:
+        raise ValueError(f"{source} is not a checkpoint of crocodil: train the {stage} stage with `crocodil fit`")
+    if record["stage"] != stage:
+        raise ValueError(
+            f"expected a checkpoint of the {stage} stage, got one of the {record['stage']} stage: {source}"
+        )
+
+
+class StageCheckpoint:
+    """A checkpoint of one stage, read with `weights_only=True`.
+
+    Args:
+        path: a `.ckpt` file of `crocodil fit`.
+        stage: the stage it must be of.
+
+    Raises:
+        ValueError: if the file is absent, not a crocodil checkpoint, or of another stage.
+    """
+
+    def __init__(self, path: str | Path, stage: Stage) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"expected a {stage} checkpoint at {path}, but there is no such file")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        record = content.get(RECORD_KEY) if isinstance(content, dict) else None
+        check_stage(record, stage, path)
+        self.path = path
+        self.networks: dict[str, Any] = record["networks"]
+        self.codec_state: dict[str, Any] | None = record["codec"]
+        self.state_dict: dict[str, torch.Tensor] = content["state_dict"]
+
+    @property
+    def codec(self) -> TextCodec:
+        """The text codec the stage was trained with."""
+        if self.codec_state is None:
+            raise ValueError(f"{self.path} holds no text codec: it was trained without a crocodil DataModule")
+        return TextCodec.from_state(self.codec_state)
+
+    def _load(self, network: nn.Module, prefix: str) -> None:
+        own = {key[len(prefix) :]: value for key, value in self.state_dict.items() if key.startswith(prefix)}
+        if not own:
+            raise ValueError(f"{self.path} holds no weights of the {prefix.rstrip('.')}")
+        network.load_state_dict(own)
+
+    def demasker(self) -> Demasker:
+        """f_theta with its trained weights."""
+        demasker = Demasker(**self.networks["demasker"])
+        self._load(demasker, "demasker.")
+        return demasker
+
+    def encoder(self) -> RegisterEncoder:
+        """h_phi with its trained weights and statistics."""
+        encoder = RegisterEncoder(**self.networks["encoder"])
+        self._load(encoder, "encoder.")
+        return encoder
+
+    def prior(self) -> LatentPrior:
+        """G_psi with its trained weights."""
+        prior = LatentPrior(**self.networks["prior"])
+        self._load(prior, "prior.")
+        return prior
+
+    def judge(self) -> PreTrainedModel:
+        """The causal network of the judge."""
+        judge = build_judge(self.networks["judge"])
+        self._load(judge, "judge.")
+        return judge

@@ -1,0 +1,78 @@
+"""The judge: a small causal language model that scores samples and shares nothing with the systems it judges."""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crocodil.data.codec import TextCodec
+from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.noise import RowNoise
+from crocodil.evaluation.judge import build_judge, tokens_through_eos
+from crocodil.modules.base import Batch, CrocodilModule
+from crocodil.modules.checkpoints import Stage
+from crocodil.modules.optimizers import MuonAdamW
+from crocodil.pipeline import CrocodilPipeline
+
+
+class JudgeModule(CrocodilModule):
+    """Next-token prediction on blocks up to and with the first end token.
+
+    Args:
+        vocabulary: of the data; the CLI links it from the DataModule.
+        network: settings of a transformers decoder.
+        optimizer: see `CrocodilModule`.
+        lr_scheduler: see `CrocodilModule`.
+        seed: see `CrocodilModule`.
+        compile: see `CrocodilModule`.
+    """
+
+    stage: ClassVar[Stage] = "judge"
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        network: dict[str, Any],
+        optimizer: OptimizerCallable = MuonAdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, seed, compile)
+        self.eos_token_id = vocabulary.eos_token_id
+        self.settings = network | {"vocab_size": vocabulary.size}
+        self.judge = build_judge(self.settings)
+
+    def trained_networks(self) -> Iterable[nn.Module]:
+        """The causal network."""
+        return [self.judge]
+
+    def network_configs(self) -> dict[str, Any]:
+        """Settings of the network."""
+        return {"judge": self.settings, "eos_token_id": self.eos_token_id}
+
+    def pipeline(self, codec: TextCodec) -> CrocodilPipeline:
+        """A judge writes nothing.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("a judge scores texts and writes none; sample from another stage")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy of the next token."""
+        loss = self._loss(batch["token_ids"])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+        """`loss`: nats per token, the first token given."""
+        return {"loss": self._loss(batch["token_ids"])}
+
+    def _loss(self, token_ids: Tensor) -> Tensor:
+        logits = self.judge(input_ids=token_ids, use_cache=False).logits[:, :-1]
+        nats = F.cross_entropy(logits.float().transpose(1, 2), token_ids[:, 1:], reduction="none")
+        counted = tokens_through_eos(token_ids, self.eos_token_id)[:, 1:]
+        return (nats * counted).sum() / counted.sum()

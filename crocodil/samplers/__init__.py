@@ -1,0 +1,8 @@
+"""Samplers: pure loops with the networks injected and the randomness explicit."""
+
+from crocodil.samplers.conthendisc import ConThenDisc
+from crocodil.samplers.conwithindisc import ConWithinDisc
+from crocodil.samplers.latent import LatentSampler
+from crocodil.samplers.masked import MaskedSampler, SampleOutput
+
+__all__ = ["ConThenDisc", "ConWithinDisc", "LatentSampler", "MaskedSampler", "SampleOutput"]

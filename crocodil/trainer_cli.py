@@ -1,0 +1,89 @@
+"""`crocodil fit | validate | test | predict`: a LightningCLI over the stages."""
+
+import os
+import re
+import warnings
+from importlib.metadata import entry_points
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from crocodil.data.block_datamodule import BlockDataModule
+from crocodil.modules import CrocodilModule
+from crocodil.output import check_writable
+
+CALLBACK_GROUP = "crocodil.callbacks"
+
+
+class OneSentenceParser(LightningArgumentParser):
+    """Says what is wrong in one sentence instead of a usage page."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raises the shortened message as a ValueError."""
+        raise ValueError(one_sentence(message)) from ex
+
+
+def one_sentence(message: str) -> str:
+    """The part of a jsonargparse message that tells what to mend.
+
+    Its messages nest: every member of a union complains in turn, indented below the key they are about.
+    """
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    telling = [
+        line
+        for line in lines
+        if re.search(r"(?i)not a |expected|does not|unable|unrecognized|required|invalid|no ", line)
+    ]
+    best = telling or lines
+    return " ".join(best[:2])[:400]
+
+
+class CrocodilCLI(LightningCLI):
+    """Stages and DataModules by `class_path`; the vocabulary is linked from the data."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            CrocodilModule,
+            BlockDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=OneSentenceParser,
+            seed_everything_default=0,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Links what must never be configured twice."""
+        parser.link_arguments("data.vocabulary", "model.init_args.vocabulary", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuses an unwritable output folder before any work is done."""
+        root = self.config[self.subcommand].trainer.default_root_dir
+        check_writable(root or os.getcwd())
+
+
+def load_callback_plugins() -> None:
+    """Imports the callbacks of the entry-point group, so that their short names are known."""
+    for entry in entry_points(group=CALLBACK_GROUP):
+        try:
+            entry.load()
+        except Exception as error:  # one broken plug-in must not stop runs that do not use it
+            warnings.warn(f"the callback {entry.name} ({entry.value}) cannot be imported: {error}", stacklevel=2)
+
+
+def run_trainer(arguments: list[str]) -> CrocodilCLI:
+    """Runs `fit`, `validate`, `test` or `predict` in this process.
+
+    Args:
+        arguments: the command and its options, as on the command line.
+
+    Raises:
+        ValueError: if the options or the files they name are wrong.
+    """
+    load_callback_plugins()
+    # Lightning fears that arguments given here hide those of the process; here they are those of the process.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    return CrocodilCLI(arguments)

@@ -1,0 +1,1 @@
+"""Complete, runnable configurations, one YAML per experiment; installed as `crocodil_configs`."""
