@@ -71,5 +71,6 @@ def _read_all(files: Sequence[SourceFile], min_tokens: int, max_tokens: int) -> 
             yield from pool.map(read, files, chunksize=16)
     except BrokenProcessPool as error:
         raise RuntimeError(
-            'worker processes could not start: put the main part of your script under `if __name__ == "__main__":`.'
+            "worker processes could not start: the program must be a file whose main part stands under "
+            '`if __name__ == "__main__":`.'
         ) from error

@@ -21,6 +21,7 @@ class Demasker(nn.Module):
         mask_token_id: id of the mask token.
         eos_token_id: id of the end token, which also fills the tail of a block.
         latent_dim: D, the width of a register; None builds a plain masked-diffusion model.
+        num_registers: K, the largest number of registers; goes with `latent_dim`.
 
     Raises:
         ValueError: if the settings do not describe a rotary decoder.
@@ -33,6 +34,7 @@ class Demasker(nn.Module):
         mask_token_id: int,
         eos_token_id: int,
         latent_dim: int | None = None,
+        num_registers: int | None = None,
     ) -> None:
         super().__init__()
         config = network_config(network)
@@ -41,8 +43,13 @@ class Demasker(nn.Module):
             raise ValueError(f"a demasker needs rotary positions, but a {config.model_type} network has none")
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
-        self.latent_dim = latent_dim
-        self.register_proj = None if latent_dim is None else nn.Linear(latent_dim, config.hidden_size)
+        self.latent_dim: int | None = None
+        self.num_registers: int | None = None
+        self.register_proj: nn.Linear | None = None
+        if latent_dim is not None and num_registers is not None:
+            self.with_latents(latent_dim, num_registers)
+        elif latent_dim is not None or num_registers is not None:
+            raise ValueError(f"latent_dim and num_registers go together, got {latent_dim} and {num_registers}")
 
     @property
     def vocab_size(self) -> int:
@@ -99,17 +106,27 @@ class Demasker(nn.Module):
         return self.network.get_output_embeddings()(hidden)
 
     def _registers(self, latents: Tensor) -> Tensor:
-        if self.register_proj is None:
-            raise ValueError("this demasker was built without latents (latent_dim=None), but latents were given")
-        if latents.ndim != 3 or latents.shape[-1] != self.latent_dim:
-            raise ValueError(f"latents must be (B, K, {self.latent_dim}), got {tuple(latents.shape)}")
-        return self.register_proj(latents.to(self.register_proj.weight.dtype)).flip(1)
+        """Latents (B, K, D) as embeddings (B, K, H), the last register first.
 
-    def with_latents(self, latent_dim: int) -> "Demasker":
+        Latents are standardised, so what all texts have in common in a register, its identity, is not in them: a
+        learned embedding for each register gives it back.
+        """
+        if self.register_proj is None or self.num_registers is None:
+            raise ValueError("this demasker was built without latents (latent_dim=None), but latents were given")
+        shape = tuple(latents.shape)
+        if len(shape) != 3 or shape[2] != self.latent_dim or not 1 <= shape[1] <= self.num_registers:
+            raise ValueError(f"latents must be (B, 1 to {self.num_registers}, {self.latent_dim}), got {shape}")
+        projected = self.register_proj(latents.to(self.register_proj.weight.dtype))
+        return (projected + self.register_embedding[: shape[1]]).flip(1)
+
+    def with_latents(self, latent_dim: int, num_registers: int) -> "Demasker":
         """Adds the register path to a plain masked-diffusion model, in place, and returns it."""
         weight = self.network.get_input_embeddings().weight
-        self.latent_dim = latent_dim
-        self.register_proj = nn.Linear(latent_dim, self.network.config.hidden_size).to(weight.device, weight.dtype)
+        width = self.network.config.hidden_size
+        self.latent_dim, self.num_registers = latent_dim, num_registers
+        self.register_proj = nn.Linear(latent_dim, width).to(weight.device, weight.dtype)
+        self.register_embedding = nn.Parameter(weight.new_empty(num_registers, width))
+        nn.init.normal_(self.register_embedding, std=0.2)
         return self
 
     def to_config(self) -> dict[str, Any]:
@@ -119,4 +136,5 @@ class Demasker(nn.Module):
             "mask_token_id": self.mask_token_id,
             "eos_token_id": self.eos_token_id,
             "latent_dim": self.latent_dim,
+            "num_registers": self.num_registers,
         }

@@ -98,7 +98,7 @@ class AutoencoderModule(CrocodilModule):
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, compile)
-        self.demasker = StageCheckpoint(demasker_checkpoint, "demasker").demasker().with_latents(latent_dim)
+        self.demasker = StageCheckpoint(demasker_checkpoint, "demasker").demasker().with_latents(latent_dim, num_registers)
         check_vocabulary(self.demasker, vocabulary)
         self.encoder = build_encoder(encoder, self.demasker, num_registers, latent_dim)
         self.regularisation = regularisation or LatentRegularisation()
