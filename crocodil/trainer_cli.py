@@ -26,16 +26,17 @@ class OneSentenceParser(LightningArgumentParser):
 def one_sentence(message: str) -> str:
     """The part of a jsonargparse message that tells what to mend.
 
-    Its messages nest: every member of a union complains in turn, indented below the key they are about.
+    Its messages nest: each member of a union complains in turn as a bullet, indented below the key it is about. The
+    innermost complaints that are not about None tell most.
     """
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    telling = [
-        line
-        for line in lines
-        if re.search(r"(?i)not a |expected|does not|unable|unrecognized|required|invalid|no ", line)
-    ]
-    best = telling or lines
-    return " ".join(best[:2])[:400]
+    bullets = re.findall(r"^( *)- (.+)$", message, flags=re.MULTILINE)
+    telling = [(len(indent), text) for indent, text in bullets if "NoneType" not in text and not text.endswith(":")]
+    if not telling:
+        return " ".join(line.strip() for line in message.splitlines()[:2])
+    deepest = max(indent for indent, _ in telling)
+    key = re.search(r'key "([^"]+)"', message)
+    place = f"{key[1]}: " if key else ""
+    return place + "; ".join(dict.fromkeys(text for indent, text in telling if indent == deepest))
 
 
 class CrocodilCLI(LightningCLI):
@@ -86,4 +87,7 @@ def run_trainer(arguments: list[str]) -> CrocodilCLI:
     load_callback_plugins()
     # Lightning fears that arguments given here hide those of the process; here they are those of the process.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    return CrocodilCLI(arguments)
+    try:
+        return CrocodilCLI(arguments)
+    except ValueError as error:  # a ValueError of a constructor comes back wrapped
+        raise ValueError(one_sentence(str(error))) from error
