@@ -1,4 +1,4 @@
-"""Maps the folders `callbacks/` and `lightning_configs/` to their import names; everything else is in pyproject.toml."""
+"""Maps the folders `callbacks/` and `lightning_configs/` to their import names; all else is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

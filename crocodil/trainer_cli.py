@@ -13,6 +13,13 @@ from crocodil.modules import CrocodilModule
 from crocodil.output import check_writable
 
 CALLBACK_GROUP = "crocodil.callbacks"
+HARMLESS = (
+    "LightningCLI's args parameter",  # it fears that arguments given here hide those of the process: they are those
+    ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of a deprecated call
+    "Found .* module\\(s\\) in eval mode",  # the frozen autoencoder is meant to be
+    ".*does not have many workers",  # batches are slices of a memory-mapped array
+)
+"""Warnings of libraries that a user can do nothing about, with the reason why each is right to be silent."""
 
 
 class OneSentenceParser(LightningArgumentParser):
@@ -29,6 +36,9 @@ def one_sentence(message: str) -> str:
     Its messages nest: each member of a union complains in turn as a bullet, indented below the key it is about. The
     innermost complaints that are not about None tell most.
     """
+    if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
+        known = ", ".join(sorted(entry.name for entry in entry_points(group=CALLBACK_GROUP)))
+        return f"there is no class {unknown[1]}; give an import path, or for a callback one of the short names {known}"
     bullets = re.findall(r"^( *)- (.+)$", message, flags=re.MULTILINE)
     telling = [(len(indent), text) for indent, text in bullets if "NoneType" not in text and not text.endswith(":")]
     if not telling:
@@ -85,8 +95,8 @@ def run_trainer(arguments: list[str]) -> CrocodilCLI:
         ValueError: if the options or the files they name are wrong.
     """
     load_callback_plugins()
-    # Lightning fears that arguments given here hide those of the process; here they are those of the process.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    for message in HARMLESS:
+        warnings.filterwarnings("ignore", message=message)
     try:
         return CrocodilCLI(arguments)
     except ValueError as error:  # a ValueError of a constructor comes back wrapped

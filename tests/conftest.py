@@ -35,12 +35,13 @@ def build(make: Callable[[], nn.Module], seed: int, std: float) -> Any:
 
 @pytest.fixture(scope="session")
 def make_demasker() -> Callable[..., Demasker]:
-    """Builds a Demasker of 12 tokens (mask 11, end 0) in float64; keywords change its network."""
+    """Builds a Demasker of 12 tokens (mask 11, end 0), K = 4, in float64; keywords change its network."""
 
     def make(latent_dim: int | None = LATENT_DIM, mask_token_id: int = MASK, seed: int = 0, **network: Any) -> Demasker:
         settings = {**TINY, "vocab_size": VOCAB_SIZE, **network}
+        sizes = {} if latent_dim is None else {"latent_dim": latent_dim, "num_registers": NUM_REGISTERS}
         ids = {"mask_token_id": mask_token_id, "eos_token_id": EOS}
-        return build(lambda: Demasker(settings, **ids, latent_dim=latent_dim).double(), seed, std=0.4)
+        return build(lambda: Demasker(settings, **ids, **sizes).double(), seed, std=0.4)
 
     return make
 

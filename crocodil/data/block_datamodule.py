@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crocodil.data.blocks import BlockDataset, EpochShuffle, whole_batch
+from crocodil.data.blocks import BlockDataset, EpochShuffle, ResumableLoader, whole_batch
 from crocodil.data.cache import cache_key, cached_folder
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import SourceFile, Split
@@ -120,7 +120,7 @@ class BlockDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Shuffled batches of the training split, all of `batch_size` blocks."""
         dataset = BlockDataset(self._array("train"))
-        return self._loader(dataset, sampler=EpochShuffle(len(dataset), self.seed), drop_last=True)
+        return self._loader(dataset, ResumableLoader, sampler=EpochShuffle(len(dataset), self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the validation split, in order."""
@@ -134,8 +134,10 @@ class BlockDataModule(LightningDataModule, ABC):
         """Batches of the test split, in order."""
         return self.test_dataloader()
 
-    def _loader(self, dataset: BlockDataset, **options: Any) -> DataLoader[Tensor]:
-        return DataLoader(
+    def _loader(
+        self, dataset: BlockDataset, loader: type[DataLoader[Tensor]] = DataLoader, **options: Any
+    ) -> DataLoader[Tensor]:
+        return loader(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,

@@ -1,11 +1,13 @@
 """Blocks of token ids as a PyTorch dataset, read a batch at a time, and the order in which an epoch sees them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class BlockDataset(Dataset[Tensor]):
@@ -55,6 +57,32 @@ class EpochShuffle(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+
+
+class ResumableLoader(DataLoader[Tensor]):
+    """A loader over an `EpochShuffle` that goes on within an epoch: Lightning keeps its state in every checkpoint."""
+
+    _resumed = {"epoch": -1, "batches": 0}
+    _given = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were given out."""
+        return {"epoch": self.sampler.epoch, "batches": self._given}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Leaves out the batches that were given out, if the next epoch is the one they were of.
+
+        Args:
+            state: of `state_dict`.
+        """
+        self._resumed = state
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        goes_on = self.sampler.epoch == self._resumed["epoch"]  # type: ignore[attr-defined]
+        self._given = self._resumed["batches"] if goes_on else 0
+        for batch in islice(super().__iter__(), self._given, None):
+            self._given += 1
+            yield batch
 
 
 def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -53,11 +55,11 @@ def count_flops(network: nn.Module, *args: Tensor, **kwargs: Tensor) -> int:
 
 def network_flops(
     length: int,
-    demasker: nn.Module,
+    demasker: Demasker,
     num_registers: int | None = None,
-    prior: nn.Module | None = None,
-    encoder: nn.Module | None = None,
-    unit: nn.Module | None = None,
+    prior: LatentPrior | None = None,
+    encoder: RegisterEncoder | None = None,
+    unit: Demasker | None = None,
 ) -> dict[str, int]:
     """FLOPs of one call of each network on one text of `length` tokens.
 
@@ -77,7 +79,8 @@ def network_flops(
     if num_registers is None:
         flops["demasker"] = count_flops(demasker, token_ids)
     else:
-        flops["demasker"] = count_flops(demasker, token_ids, torch.zeros((1, num_registers, demasker.latent_dim)))
+        latents = torch.zeros((1, num_registers, demasker.latent_dim or 0))
+        flops["demasker"] = count_flops(demasker, token_ids, latents)
     if prior is not None:
         flops["prior"] = count_flops(prior, torch.zeros((1, prior.num_registers, prior.latent_dim)), torch.zeros(1))
     if encoder is not None:

@@ -1,6 +1,7 @@
 """Any decoder of transformers made bidirectional, with an axis of its own for registers."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def network_config(settings: Mapping[str, Any] | PretrainedConfig) -> Pretrained
             )
         known = AutoConfig.for_model(model_type).to_dict().keys() | {"attn_implementation", "is_causal"}
         if unknown := sorted(fields.keys() - known):
-            raise ValueError(f"unknown settings {unknown} of a {model_type} network; it knows {sorted(known)}")
+            hints = [match for name in unknown for match in get_close_matches(name, known, n=1)]
+            meant = f"; did you mean {', '.join(hints)}?" if hints else "; see its configuration in transformers"
+            raise ValueError(f"a {model_type} network has no setting {', '.join(unknown)}{meant}")
         config = AutoConfig.for_model(model_type, **fields)
     config.is_causal = False
     config.use_cache = False

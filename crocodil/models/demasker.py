@@ -9,6 +9,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from crocodil.models.backbone import add_register_axis, join_masks, network_config, positions_with_registers
 
+BLOCK_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear maps inside the blocks of Llama, Qwen2 and Qwen3; the head is not among them."""
+
 
 class Demasker(nn.Module):
     r"""Predicts the clean tokens at masked positions: f_theta(x_0 | x_t, z) (CRoCoDiL, section 3).
@@ -22,6 +25,7 @@ class Demasker(nn.Module):
         eos_token_id: id of the end token, which also fills the tail of a block.
         latent_dim: D, the width of a register; None builds a plain masked-diffusion model.
         num_registers: K, the largest number of registers; goes with `latent_dim`.
+        lora: settings of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None trains all weights.
 
     Raises:
         ValueError: if the settings do not describe a rotary decoder.
@@ -35,6 +39,7 @@ class Demasker(nn.Module):
         eos_token_id: int,
         latent_dim: int | None = None,
         num_registers: int | None = None,
+        lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         config = network_config(network)
@@ -50,6 +55,9 @@ class Demasker(nn.Module):
             self.with_latents(latent_dim, num_registers)
         elif latent_dim is not None or num_registers is not None:
             raise ValueError(f"latent_dim and num_registers go together, got {latent_dim} and {num_registers}")
+        self.lora: dict[str, Any] | None = None
+        if lora is not None:
+            self.with_lora(lora)
 
     @property
     def vocab_size(self) -> int:
@@ -129,6 +137,26 @@ class Demasker(nn.Module):
         nn.init.normal_(self.register_embedding, std=0.2)
         return self
 
+    def with_lora(self, settings: Mapping[str, Any]) -> "Demasker":
+        """Freezes the network and adds LoRA adapters (arXiv 2106.09685) to it, in place; the register path stays free.
+
+        Args:
+            settings: fields of `peft.LoraConfig`; without `target_modules`, all projections inside the blocks, never
+                the head.
+
+        Raises:
+            ValueError: if a field is unknown or no module matches.
+        """
+        from peft import LoraConfig, inject_adapter_in_model  # a slow import, and only adapters need it
+
+        fields = {"target_modules": list(BLOCK_PROJECTIONS), **settings}
+        if unknown := sorted(fields.keys() - LoraConfig.__dataclass_fields__.keys()):
+            raise ValueError(f"LoRA has no setting {', '.join(unknown)}; see peft.LoraConfig")
+        self.network.requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(**fields), self.network)
+        self.lora = fields
+        return self
+
     def to_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain data."""
         return {
@@ -137,4 +165,5 @@ class Demasker(nn.Module):
             "eos_token_id": self.eos_token_id,
             "latent_dim": self.latent_dim,
             "num_registers": self.num_registers,
+            "lora": self.lora,
         }

@@ -67,6 +67,7 @@ class AutoencoderModule(CrocodilModule):
         encoder: settings of the encoder's network, or "demasker" to start it as a copy of the base.
         num_registers: K.
         latent_dim: D.
+        lora: settings of `peft.LoraConfig`, to train adapters of the demasker instead of all its weights; None for all.
         regularisation: what happens to the latents between encoder and demasker.
         sampler: writes the reconstructions at `predict`; None takes the defaults of `MaskedSampler` at 8 steps.
         masking: noise schedule of the masked process.
@@ -87,6 +88,7 @@ class AutoencoderModule(CrocodilModule):
         encoder: dict[str, Any] | Literal["demasker"] = "demasker",
         num_registers: int = 16,
         latent_dim: int = 32,
+        lora: dict[str, Any] | None = None,
         regularisation: LatentRegularisation | None = None,
         sampler: MaskedSampler | None = None,
         masking: MaskingSchedule | None = None,
@@ -98,9 +100,12 @@ class AutoencoderModule(CrocodilModule):
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, compile)
-        self.demasker = StageCheckpoint(demasker_checkpoint, "demasker").demasker().with_latents(latent_dim, num_registers)
+        base = StageCheckpoint(demasker_checkpoint, "demasker").demasker()
+        self.demasker = base.with_latents(latent_dim, num_registers)
         check_vocabulary(self.demasker, vocabulary)
         self.encoder = build_encoder(encoder, self.demasker, num_registers, latent_dim)
+        if lora is not None:
+            self.demasker.with_lora(lora)
         self.regularisation = regularisation or LatentRegularisation()
         self.sampler = sampler or MaskedSampler(8)
         self.masking = masking or LinearMasking()

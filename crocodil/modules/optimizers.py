@@ -13,14 +13,15 @@ from torch.optim.lr_scheduler import LambdaLR
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Splits the trainable parameters: the matrices inside blocks, which decay, and all the rest, which do not.
 
-    Embeddings, heads, norms, biases, registers and the modulations of the prior belong to the rest.
+    Embeddings, heads, norms, biases, registers, adapters and the modulations of the prior belong to the rest.
     """
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         in_block = ".layers." in name or ".layer." in name or ".blocks." in name
-        is_matrix = parameter.ndim == 2 and in_block and "modulation" not in name
+        is_matrix = parameter.ndim == 2 and in_block and "modulation" not in name and ".lora_" not in name
         (matrices if is_matrix else rest).append(parameter)
     groups: list[dict[str, Any]] = []
     if matrices:

@@ -94,7 +94,11 @@ def test_settings_are_left_alone() -> None:
     [
         ({"hidden_size": 16}, "model_type"),
         ({"model_type": "lama", "hidden_size": 16}, "lama"),
-        ({"model_type": "llama", "hiden_size": 16, "layers": 2}, r"\['hiden_size', 'layers'\].*hidden_size"),
+        (
+            {"model_type": "llama", "zzz": 2, "hiden_size": 16},
+            "a llama network .* hiden_size, zzz; .* mean hidden_size",
+        ),
+        ({"model_type": "llama", "zzz": 2}, "a llama network has no setting zzz; see"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:

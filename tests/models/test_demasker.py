@@ -67,11 +67,24 @@ def test_registers_change_the_logits_and_are_told_apart_by_position(
     make_demasker: Callable, token_ids: Tensor, latents: Tensor, backbone: dict[str, Any]
 ) -> None:
     demasker = make_demasker(**backbone)
+    demasker.register_embedding.zero_()  # else that alone tells them apart
     logits = demasker(token_ids, latents)
     assert logits.shape == (2, 7, VOCAB_SIZE)
     assert (logits - demasker(token_ids)).abs().max() > 1e-3
     for order in ([1, 0, 2, 3], [0, 1, 3, 2], [3, 2, 1, 0]):
         assert (logits - demasker(token_ids, latents[:, order])).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_each_register_has_an_embedding_of_its_own(make_demasker: Callable, token_ids: Tensor, latents: Tensor) -> None:
+    demasker = make_demasker()
+    shift = torch.randn(NUM_REGISTERS, LATENT_DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    demasker.register_embedding.copy_(shift @ demasker.register_proj.weight.T)  # as if the latents were shifted by it
+    embedded, embedded_cut = demasker(token_ids, latents), demasker(token_ids, latents[:, :2])
+    demasker.register_embedding.zero_()
+    torch.testing.assert_close(embedded, demasker(token_ids, latents + shift))
+    torch.testing.assert_close(embedded_cut, demasker(token_ids, (latents + shift)[:, :2]))
+    assert (embedded - demasker(token_ids, latents)).abs().max() > 1e-4
 
 
 @torch.no_grad()
@@ -129,8 +142,9 @@ def test_padding_has_no_influence(
 def test_registers_can_be_added_to_a_plain_model(make_demasker: Callable, token_ids: Tensor, latents: Tensor) -> None:
     demasker = make_demasker(latent_dim=None)
     before = demasker(token_ids)
-    assert demasker.with_latents(LATENT_DIM) is demasker
+    assert demasker.with_latents(LATENT_DIM, NUM_REGISTERS) is demasker
     assert demasker.latent_dim == demasker.to_config()["latent_dim"] == LATENT_DIM
+    assert demasker.num_registers == demasker.to_config()["num_registers"] == NUM_REGISTERS
     assert torch.equal(demasker(token_ids), before)
     assert (demasker(token_ids, latents) - before).abs().max() > 1e-4
 
@@ -163,17 +177,24 @@ def test_a_text_too_long_is_refused(make_demasker: Callable, latents: Tensor) ->
         demasker(torch.full((2, 7), MASK), latents)
 
 
-@pytest.mark.parametrize("shape", [(2, NUM_REGISTERS, LATENT_DIM + 1), (2, LATENT_DIM)])
+@pytest.mark.parametrize("shape", [(2, 4, LATENT_DIM + 1), (2, LATENT_DIM), (2, 0, LATENT_DIM), (2, 5, LATENT_DIM)])
 def test_latents_of_another_shape_are_refused(
     make_demasker: Callable, token_ids: Tensor, shape: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=r"latents must be \(B, K, 3\)"):
+    with pytest.raises(ValueError, match=r"latents must be \(B, 1 to 4, 3\), got \(2, "):
         make_demasker()(token_ids, torch.zeros(shape))
 
 
 def test_a_plain_model_refuses_latents(make_demasker: Callable, token_ids: Tensor, latents: Tensor) -> None:
     with pytest.raises(ValueError, match="built without latents"):
         make_demasker(latent_dim=None)(token_ids, latents)
+
+
+@pytest.mark.parametrize("sizes", [{"latent_dim": LATENT_DIM}, {"num_registers": NUM_REGISTERS}])
+def test_half_of_the_latent_sizes_is_refused(make_demasker: Callable, sizes: dict[str, int]) -> None:
+    plain = make_demasker(latent_dim=None).to_config()
+    with pytest.raises(ValueError, match="latent_dim and num_registers go together"):
+        Demasker(**plain | sizes)
 
 
 def test_unknown_settings_are_refused(make_demasker: Callable) -> None:

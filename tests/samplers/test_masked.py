@@ -1,4 +1,3 @@
-import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -108,8 +107,8 @@ def test_fill_of_masks_behind_a_prompt_is_sample(make_demasker: Callable) -> Non
 
 def test_steps_beyond_the_masked_tokens_are_not_made(make_demasker: Callable, count_calls: Callable) -> None:
     for num_steps, block_size in ((8, None), (9, None), (64, None), (64, 2)):
-        demasker = make_demasker()
-        canvases = trajectory(demasker, count_calls, MaskedSampler(num_steps, block_size), length=8, batch_size=2)
+        sampler = MaskedSampler(num_steps, block_size)
+        canvases = trajectory(make_demasker(), count_calls, sampler, length=8, batch_size=2)
         assert len(canvases) == 8 + 1
 
 
@@ -123,11 +122,11 @@ def test_the_mask_is_never_drawn_however_probable(tabulated_demasker: Callable) 
 
 def sampled_joint(model: Any, num_steps: int, size: int = 5000) -> Tensor:
     """Counts (V^L,) of the texts drawn, in the order of the model's states."""
-    shape = model.table.shape
-    sampler = MaskedSampler(num_steps, remasking="random", temperature=1.0)
-    out = sampler.sample(model, length=len(shape), batch_size=size, generator=RowNoise(torch.arange(size)))
-    strides = torch.tensor([math.prod(shape[i + 1 :]) for i in range(len(shape))])
-    return (out.token_ids * strides).sum(1).bincount(minlength=math.prod(shape))
+    sampler, length = MaskedSampler(num_steps, remasking="random", temperature=1.0), model.table.ndim
+    out = sampler.sample(model, length=length, batch_size=size, generator=RowNoise(torch.arange(size)))
+    counts = (out.token_ids[:, None] == model.states).all(-1).sum(0)
+    assert counts.sum() == size
+    return counts
 
 
 @pytest.fixture
@@ -151,14 +150,23 @@ def test_one_step_samples_the_product_of_the_marginals(toy: Any, chi_square: Cal
 
 
 def test_random_remasking_commits_a_uniform_subset(make_demasker: Callable, chi_square: Callable) -> None:
-    size, demasker = 3000, make_demasker(latent_dim=None)
-    sampler = MaskedSampler(2, remasking="random")
-    (step, _) = sampler.plan(torch.full((size, 4), MASK), MASK, 4)
+    size, demasker, sampler = 3000, make_demasker(latent_dim=None), MaskedSampler(2, remasking="random")
+    step, _ = sampler.plan(torch.full((size, 4), MASK), MASK, 4)
     canvas = sampler.step(demasker, torch.full((size, 4), MASK), step, None, RowNoise(torch.arange(size)))
     subsets = ((canvas != MASK) * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
     pairs = torch.tensor([3, 5, 6, 9, 10, 12])
     assert subsets[pairs].sum() == size
     assert chi_square(subsets[pairs], torch.full((6,), 1 / 6)) > 1e-3
+
+
+def test_what_is_not_committed_is_drawn_afresh(tabulated_demasker: Callable, chi_square: Callable) -> None:
+    # Two independent tokens, 0 with probability 0.7: the first step commits a 0 if it drew one, the left one if two.
+    size, one = 5000, torch.tensor([0.7, 0.3], dtype=torch.float64)
+    model = tabulated_demasker(one[:, None] * one)
+    sampler = MaskedSampler(2, remasking="low_confidence", temperature=1.0)
+    texts = sampler.sample(model, length=2, batch_size=size, generator=RowNoise(torch.arange(size))).token_ids
+    expected = torch.tensor([0.91 * 0.7, 0.7 * 0.3, 0.21 * 0.3 + 0.09 * 0.7, 0.09 * 0.3])  # of 00, 01, 10, 11
+    assert chi_square((texts * torch.tensor([2, 1])).sum(1).bincount(minlength=4), expected) > 1e-3
 
 
 def llada_decode(
@@ -257,12 +265,6 @@ def test_one_prompt_serves_all_rows_and_is_not_written_to(make_demasker: Callabl
     assert shared.shape == (2, 7)
     assert torch.equal(shared, rows)
     assert prompt.tolist() == [3, MASK, 4]
-
-
-def test_progress_counts_the_calls(make_demasker: Callable) -> None:
-    events: list[tuple[str, int, int]] = []
-    MaskedSampler(4).sample(make_demasker(), length=3, batch_size=1, progress=lambda *event: events.append(event))
-    assert events == [("demasker", 1, 3), ("demasker", 2, 3), ("demasker", 3, 3)]
 
 
 @pytest.mark.parametrize(
