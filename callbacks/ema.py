@@ -46,6 +46,9 @@ class EMA(L.Callback):
         ):  # a checkpoint was loaded: its state_dict is the average, training needs the raw weights
             self._copy(self._raw, parameters)
             self._raw = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Notes the step that training goes on from, which is known only now."""
         self._step = trainer.global_step
 
     @torch.no_grad()

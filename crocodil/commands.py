@@ -38,8 +38,13 @@ def sample(
     """
     if output is not None:
         check_writable(Path(output).parent)
+        if Path(output).is_dir():
+            raise ValueError(f"--output must be a file, got the folder {output}")
     pipe = CrocodilPipeline.from_pretrained(pipeline)
-    pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
     with progress_bar() as progress:
         result = pipe(num_samples, algorithm=algorithm, prompts=prompts, progress=progress, **settings)
     cost = result.cost.to_dict()

@@ -160,6 +160,8 @@ class CrocodilPipeline:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not -(2**31) <= seed < 2**31:
+            raise ValueError(f"seed must be at least -2^31 and below 2^31, got {seed}")
         prompt_ids = self._prompt_ids(prompts, num_samples)
         length = self._checked_length(length, max(map(len, prompt_ids)))
         self._check_networks(algorithm, num_registers)
@@ -204,6 +206,8 @@ class CrocodilPipeline:
         if prompts is None:
             return [[]] * num_samples
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ValueError("prompts must hold at least one text, or be None for no prompt, got an empty list")
         bos = self.codec.vocabulary.bos_token_id
         return [[bos, *self.codec.encode(text)] for text in texts for _ in range(num_samples)]
 

@@ -23,6 +23,7 @@ from crocodil.comparison import Comparison, Setting
 from crocodil.data import CanonicalFunctions
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation import report
+from crocodil.evaluation.verdict import verdict, verdict_sentences
 from crocodil.modules.autoencoder import MASK_RATIOS, conditioning_losses
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
@@ -89,7 +90,7 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
     report.write_results(folder, comparison)
     path = report.write_report(folder, comparison)
     console.print(report.results_table(comparison.rows))
-    for sentence in report.verdict_sentences(report.verdict(comparison.rows, comparison.length)):
+    for sentence in verdict_sentences(verdict(comparison.rows, comparison.length)):
         console.print("- " + sentence)
     console.print(f"\ntable: {folder / 'results.json'}   report: {path}   pipeline: {folder / 'pipeline'}")
     console.print(f"write texts with it: crocodil sample --pipeline {folder / 'pipeline'}")

@@ -3,13 +3,15 @@
 import os
 import re
 import warnings
+from importlib import import_module
 from importlib.metadata import entry_points
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.modules import CrocodilModule
+from crocodil.modules.checkpoints import read_checkpoint
 from crocodil.output import check_writable
 
 CALLBACK_GROUP = "crocodil.callbacks"
@@ -69,6 +71,14 @@ class CrocodilCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what must never be configured twice."""
         parser.link_arguments("data.vocabulary", "model.init_args.vocabulary", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuses an unfit `--ckpt_path` before any work is done."""
+        super().parse_arguments(parser, args)
+        options = self.config[self.config.subcommand]
+        if options.ckpt_path not in (None, "best", "last", "hpc"):
+            module, _, name = options.model.class_path.rpartition(".")
+            read_checkpoint(options.ckpt_path, getattr(import_module(module), name).stage)
 
     def before_instantiate_classes(self) -> None:
         """Refuses an unwritable output folder before any work is done."""

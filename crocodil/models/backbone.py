@@ -42,13 +42,18 @@ def network_config(settings: Mapping[str, Any] | PretrainedConfig) -> Pretrained
     return config
 
 
-def add_register_axis(network: PreTrainedModel) -> bool:
-    """Gives a rotary network the second position axis in place; returns False where it has no rotary embedding."""
+def add_register_axis(network: PreTrainedModel, register_spacing: float = 0.0) -> bool:
+    """Gives a rotary network the second position axis in place; returns False where it has no rotary embedding.
+
+    Args:
+        network: a decoder without its head.
+        register_spacing: see `TwoAxisRotary`.
+    """
     rotary = getattr(network, "rotary_emb", None)
     if rotary is None:
         return False
     if not isinstance(rotary, TwoAxisRotary):
-        network.rotary_emb = TwoAxisRotary(rotary)
+        network.rotary_emb = TwoAxisRotary(rotary, register_spacing)
     return True
 
 
@@ -56,21 +61,25 @@ class TwoAxisRotary(nn.Module):
     r"""Rotary positions on two axes, text and registers (the paper's MRoPE variant).
 
     A position p >= 0 is the p-th text token: every frequency band rotates by p, exactly as the pretrained network
-    learned. A position -k < 0 is the k-th register: odd bands rotate by -k, even bands (the text axis) stand at 0.
-    Registers followed by text therefore have the consecutive positions -K .. -1, 0 .. L - 1.
+    learned. A position -k < 0 is the k-th register: odd bands (the register axis) rotate by -k, even bands (the text
+    axis) by (k - 1/2) register_spacing. Registers followed by text have the consecutive positions -K .. -1, 0 .. L - 1.
 
     Args:
         rotary: the network's own rotary embedding, called as `rotary(x, position_ids)`.
+        register_spacing: distance of neighbouring registers on the text axis, in tokens. 0 puts all of them at its
+            origin; L / K spreads them over the text, so that each has a neighbourhood there from the start.
     """
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: nn.Module, register_spacing: float = 0.0) -> None:
         super().__init__()
         self.rotary = rotary
+        self.register_spacing = register_spacing
 
     def forward(self, x: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines for (B, S) int64 positions, each (B, S, head_dim) in the dtype of `x`."""
         cos, sin = self.rotary(x, position_ids, **kwargs)
-        cos_text, sin_text = self.rotary(x, position_ids.clamp(min=0), **kwargs)
+        on_text_axis = torch.where(position_ids < 0, (-position_ids - 0.5) * self.register_spacing, position_ids)
+        cos_text, sin_text = self.rotary(x, on_text_axis, **kwargs)
         half = cos.shape[-1] // 2
         is_register_band = torch.arange(cos.shape[-1], device=cos.device) % half % 2 == 1
         return torch.where(is_register_band, cos, cos_text), torch.where(is_register_band, sin, sin_text)

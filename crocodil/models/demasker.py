@@ -25,6 +25,7 @@ class Demasker(nn.Module):
         eos_token_id: id of the end token, which also fills the tail of a block.
         latent_dim: D, the width of a register; None builds a plain masked-diffusion model.
         num_registers: K, the largest number of registers; goes with `latent_dim`.
+        register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
         lora: settings of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None trains all weights.
 
     Raises:
@@ -39,6 +40,7 @@ class Demasker(nn.Module):
         eos_token_id: int,
         latent_dim: int | None = None,
         num_registers: int | None = None,
+        register_spacing: float = 0.0,
         lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -50,9 +52,10 @@ class Demasker(nn.Module):
         self.eos_token_id = eos_token_id
         self.latent_dim: int | None = None
         self.num_registers: int | None = None
+        self.register_spacing = register_spacing
         self.register_proj: nn.Linear | None = None
         if latent_dim is not None and num_registers is not None:
-            self.with_latents(latent_dim, num_registers)
+            self.with_latents(latent_dim, num_registers, register_spacing)
         elif latent_dim is not None or num_registers is not None:
             raise ValueError(f"latent_dim and num_registers go together, got {latent_dim} and {num_registers}")
         self.lora: dict[str, Any] | None = None
@@ -127,11 +130,12 @@ class Demasker(nn.Module):
         projected = self.register_proj(latents.to(self.register_proj.weight.dtype))
         return (projected + self.register_embedding[: shape[1]]).flip(1)
 
-    def with_latents(self, latent_dim: int, num_registers: int) -> "Demasker":
+    def with_latents(self, latent_dim: int, num_registers: int, register_spacing: float = 0.0) -> "Demasker":
         """Adds the register path to a plain masked-diffusion model, in place, and returns it."""
         weight = self.network.get_input_embeddings().weight
         width = self.network.config.hidden_size
-        self.latent_dim, self.num_registers = latent_dim, num_registers
+        self.latent_dim, self.num_registers, self.register_spacing = latent_dim, num_registers, register_spacing
+        self.network.get_decoder().rotary_emb.register_spacing = register_spacing
         self.register_proj = nn.Linear(latent_dim, width).to(weight.device, weight.dtype)
         self.register_embedding = nn.Parameter(weight.new_empty(num_registers, width))
         nn.init.normal_(self.register_embedding, std=0.2)
@@ -165,5 +169,6 @@ class Demasker(nn.Module):
             "eos_token_id": self.eos_token_id,
             "latent_dim": self.latent_dim,
             "num_registers": self.num_registers,
+            "register_spacing": self.register_spacing,
             "lora": self.lora,
         }

@@ -24,18 +24,27 @@ class RegisterEncoder(nn.Module):
         network: settings of a transformers encoder or decoder (`model_type`, `hidden_size`, ...).
         num_registers: K, the largest number of registers.
         latent_dim: D, the width of a register.
+        register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, network: Mapping[str, Any] | PretrainedConfig, *, num_registers: int, latent_dim: int) -> None:
+    def __init__(
+        self,
+        network: Mapping[str, Any] | PretrainedConfig,
+        *,
+        num_registers: int,
+        latent_dim: int,
+        register_spacing: float = 0.0,
+    ) -> None:
         super().__init__()
         config = network_config(network)
         self.network = AutoModel.from_config(config)
-        self.has_register_axis = add_register_axis(self.network)
+        self.has_register_axis = add_register_axis(self.network, register_spacing)
         self.num_registers = num_registers
         self.latent_dim = latent_dim
+        self.register_spacing = register_spacing
         self.registers = nn.Parameter(torch.randn(num_registers, config.hidden_size) * 0.02)
         self.out_proj = nn.Linear(config.hidden_size, latent_dim)
         self.register_buffer("latent_mean", torch.zeros(num_registers, latent_dim))
@@ -100,4 +109,5 @@ class RegisterEncoder(nn.Module):
             "network": self.network.config.to_diff_dict() | {"model_type": self.network.config.model_type},
             "num_registers": self.num_registers,
             "latent_dim": self.latent_dim,
+            "register_spacing": self.register_spacing,
         }

@@ -67,6 +67,7 @@ class AutoencoderModule(CrocodilModule):
         encoder: settings of the encoder's network, or "demasker" to start it as a copy of the base.
         num_registers: K.
         latent_dim: D.
+        register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
         lora: settings of `peft.LoraConfig`, to train adapters of the demasker instead of all its weights; None for all.
         regularisation: what happens to the latents between encoder and demasker.
         sampler: writes the reconstructions at `predict`; None takes the defaults of `MaskedSampler` at 8 steps.
@@ -88,6 +89,7 @@ class AutoencoderModule(CrocodilModule):
         encoder: dict[str, Any] | Literal["demasker"] = "demasker",
         num_registers: int = 16,
         latent_dim: int = 32,
+        register_spacing: float = 0.0,
         lora: dict[str, Any] | None = None,
         regularisation: LatentRegularisation | None = None,
         sampler: MaskedSampler | None = None,
@@ -101,9 +103,9 @@ class AutoencoderModule(CrocodilModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, compile)
         base = StageCheckpoint(demasker_checkpoint, "demasker").demasker()
-        self.demasker = base.with_latents(latent_dim, num_registers)
+        self.demasker = base.with_latents(latent_dim, num_registers, register_spacing)
         check_vocabulary(self.demasker, vocabulary)
-        self.encoder = build_encoder(encoder, self.demasker, num_registers, latent_dim)
+        self.encoder = build_encoder(encoder, self.demasker)
         if lora is not None:
             self.demasker.with_lora(lora)
         self.regularisation = regularisation or LatentRegularisation()
@@ -182,15 +184,17 @@ class AutoencoderModule(CrocodilModule):
         return {"token_ids": out.token_ids, "source_token_ids": source, "token_accuracy": accuracy}
 
 
-def build_encoder(
-    settings: dict[str, Any] | Literal["demasker"], demasker: Demasker, num_registers: int, latent_dim: int
-) -> RegisterEncoder:
-    """The encoder from its settings, or as a copy of the demasker's network."""
+def build_encoder(settings: dict[str, Any] | Literal["demasker"], demasker: Demasker) -> RegisterEncoder:
+    """The encoder for a demasker's registers, from its own settings or as a copy of the demasker's network."""
+    shape: dict[str, Any] = {
+        "num_registers": demasker.num_registers,
+        "latent_dim": demasker.latent_dim,
+        "register_spacing": demasker.register_spacing,
+    }
     if settings != "demasker":
         settings = {"vocab_size": demasker.vocab_size, **settings}
-        return RegisterEncoder(settings, num_registers=num_registers, latent_dim=latent_dim)
-    config = demasker.network.config
-    encoder = RegisterEncoder(config, num_registers=num_registers, latent_dim=latent_dim)
+        return RegisterEncoder(settings, **shape)
+    encoder = RegisterEncoder(demasker.network.config, **shape)
     encoder.network.load_state_dict(demasker.network.get_decoder().state_dict())
     return encoder
 

@@ -76,7 +76,7 @@ class CrocodilModule(L.LightningModule):
 
     def training_noise(self, batch: Batch) -> RowNoise:
         """The noise of this step: the same again whenever the run is repeated or resumed."""
-        return self._noise(batch, self.global_step + 1)
+        return self._noise(batch, self.trainer.fit_loop.total_batch_idx + 1)
 
     def held_out_noise(self, batch: Batch, batch_idx: int) -> RowNoise:
         """The noise of a held-out batch: the same at every evaluation, so that curves are comparable."""
@@ -84,7 +84,8 @@ class CrocodilModule(L.LightningModule):
 
     def _noise(self, batch: Batch, step: int) -> RowNoise:
         rows = torch.arange(batch["token_ids"].shape[0], device=batch["token_ids"].device)
-        return RowNoise(((self.seed * 1_000_003 + step) * 4099 + self.global_rank) * 65_537 + rows)
+        seed = torch.full_like(rows, self.seed)  # a tensor, so that large seeds wrap around
+        return RowNoise(((seed * 1_000_003 + step) * 4099 + self.global_rank) * 65_537 + rows)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the held-out figures as `val_*`."""

@@ -1,6 +1,5 @@
 """From the checkpoint of one stage to the networks of the next; plain data only, no pickle."""
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,11 +33,29 @@ def check_stage(record: dict[str, Any] | None, stage: Stage, source: str | Path)
         ValueError: if `record` is not that of the stage.
     """
     if record is None:
-        raise ValueError(f"{source} is not a checkpoint of crocodil: train the {stage} stage with `crocodil fit`")
+        raise ValueError(f"expected a checkpoint of the {stage} stage, but {source} was not written by `crocodil fit`")
     if record["stage"] != stage:
         raise ValueError(
             f"expected a checkpoint of the {stage} stage, got one of the {record['stage']} stage: {source}"
         )
+
+
+def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
+    """The content of a checkpoint of the given stage, read with `weights_only=True`.
+
+    Raises:
+        ValueError: if the file is absent, damaged, not a crocodil checkpoint, or of another stage.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"expected a checkpoint of the {stage} stage at {path}, but there is no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler meets a damaged file with almost any exception
+        raise ValueError(
+            f"expected a checkpoint of the {stage} stage, but {path} is damaged or no checkpoint"
+        ) from error
+    check_stage(content.get(RECORD_KEY) if isinstance(content, dict) else None, stage, path)
+    return content
 
 
 class StageCheckpoint:
@@ -49,20 +66,13 @@ class StageCheckpoint:
         stage: the stage it must be of.
 
     Raises:
-        ValueError: if the file is absent, not a crocodil checkpoint, or of another stage.
+        ValueError: see `read_checkpoint`.
     """
 
     def __init__(self, path: str | Path, stage: Stage) -> None:
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"expected a {stage} checkpoint at {path}, but there is no such file")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-        record = content.get(RECORD_KEY) if isinstance(content, dict) else None
-        check_stage(record, stage, path)
-        self.path = path
+        self.path = Path(path)
+        content = read_checkpoint(path, stage)
+        record = content[RECORD_KEY]
         self.networks: dict[str, Any] = record["networks"]
         self.codec_state: dict[str, Any] | None = record["codec"]
         self.state_dict: dict[str, torch.Tensor] = content["state_dict"]
