@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
-from crocodil.pipeline import CrocodilPipeline, LatentProcess
+from crocodil.pipeline import Algorithm, CrocodilPipeline, LatentProcess
 from crocodil.samplers.masked import ProgressCallback
 
 
 def sample(
     pipeline: str,
-    algorithm: str,
+    algorithm: Algorithm,
     num_samples: int,
     prompts: Sequence[str] | None,
     output: str | None,

@@ -27,7 +27,8 @@ Algorithm = Literal["masked", "conthendisc", "conwithindisc"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 PIPELINE_FILE = "crocodil.json"
 FORMAT = 1
-NETWORKS: dict[str, type[nn.Module]] = {
+Network = Demasker | RegisterEncoder | LatentPrior
+NETWORKS: dict[str, type[Network]] = {
     "demasker": Demasker,
     "encoder": RegisterEncoder,
     "prior": LatentPrior,
@@ -95,7 +96,7 @@ class CrocodilPipeline:
         for network in self.networks().values():
             network.eval()
 
-    def networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, Network]:
         """The networks the pipeline has, by name."""
         given = {"demasker": self.demasker, "encoder": self.encoder, "prior": self.prior, "base": self.base}
         return {name: network for name, network in given.items() if network is not None}
@@ -260,6 +261,7 @@ class CrocodilPipeline:
         """The chosen algorithm with its networks, to be called with what changes from batch to batch."""
         if algorithm == "masked":
             return partial(sampler.sample, self.base or self.demasker, device=self.device)
+        assert self.prior is not None and self.encoder is not None
         if algorithm == "conthendisc":
             then = ConThenDisc(sampler, first, num_registers)
             return partial(then.sample, self.demasker, self.prior, device=self.device)
@@ -329,10 +331,10 @@ class CrocodilPipeline:
         )
 
 
-def save_network(network: nn.Module, folder: Path) -> None:
+def save_network(network: Network, folder: Path) -> None:
     """Weights as `model.safetensors`; LoRA adapters beside them in peft's own layout, in `adapter/`."""
     folder.mkdir(exist_ok=True)
-    if getattr(network, "lora", None) is None:
+    if not isinstance(network, Demasker) or network.lora is None:
         save_model(network, str(folder / "model.safetensors"))
         return
     from peft import LoraConfig, get_peft_model_state_dict
@@ -348,13 +350,13 @@ def save_network(network: nn.Module, folder: Path) -> None:
     LoraConfig(**network.lora).save_pretrained(str(folder / "adapter"))
 
 
-def load_network(network: nn.Module, folder: Path) -> nn.Module:
+def load_network(network: Network, folder: Path) -> Network:
     """Reads what `save_network` wrote into a network of the same settings, and returns it.
 
     Raises:
         ValueError: if tensors are missing or left over, with their names.
     """
-    if getattr(network, "lora", None) is None:
+    if not isinstance(network, Demasker) or network.lora is None:
         load_model(network, str(folder / "model.safetensors"))
         return network
     from peft import set_peft_model_state_dict

@@ -5,7 +5,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -29,12 +30,14 @@ from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.samplers import MaskedSampler
+from crocodil.samplers.unmasking import Remasking
 from crocodil.trainer_cli import run_trainer
 
 SEEDS = (0, 1, 2)
+TABLE_WIDTH = 120
 PRIOR_STEPS, REFRESH_PRIOR_STEPS = 16, 8
-BASE_RULES: tuple[tuple[str, float], ...] = (("random", 1.0), ("low_confidence", 0.7))
-LATENT_RULES: tuple[tuple[str, float], ...] = (("low_confidence", 0.7),)
+BASE_RULES: tuple[tuple[Remasking, float], ...] = (("random", 1.0), ("low_confidence", 0.7))
+LATENT_RULES: tuple[tuple[Remasking, float], ...] = (("low_confidence", 0.7),)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ STAGES = (
     Stage("prior", 700, 3.5, "autoencoder", "autoencoder_checkpoint"),
     Stage("judge", 400, 1.2),
 )
-COMPARISON_MINUTES = 2.0
+DATA_MINUTES, COMPARISON_MINUTES = 0.5, 2.0
 SOURCES = {"demasker": "base", "autoencoder": "encoder and demasker", "prior": "latent prior", "judge": "judge"}
 
 
@@ -80,7 +83,7 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
     clock = Clock(console, scale)
     console.print(f"[bold]crocodil quickstart[/bold] in {folder}: about {clock.total:.0f} minutes on two cores")
     data = CanonicalFunctions(seed=seed)
-    with clock.part("reading Python functions from this machine", 0.5):
+    with clock.part("reading Python functions from this machine", DATA_MINUTES):
         data.prepare_data()
     for stage in STAGES:
         with clock.part(f"training the {SOURCES[stage.name]}", stage.minutes * scale):
@@ -89,7 +92,8 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
         comparison = compare(folder, data, num_samples or 96, seed, clock.minutes)
     report.write_results(folder, comparison)
     path = report.write_report(folder, comparison)
-    console.print(report.results_table(comparison.rows))
+    # A table that is cut off tells nothing: where the width is unknown or too small, lines wrap instead.
+    Console(stderr=True, width=max(console.width, TABLE_WIDTH)).print(report.results_table(comparison.rows))
     for sentence in verdict_sentences(verdict(comparison.rows, comparison.length)):
         console.print("- " + sentence)
     console.print(f"\ntable: {folder / 'results.json'}   report: {path}   pipeline: {folder / 'pipeline'}")
@@ -98,31 +102,26 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
 
 
 class Clock:
-    """Says which part runs and how long is left, by the parts' usual shares corrected by the pace so far."""
+    """Says which part runs and how long is left, by the parts' usual minutes corrected by the pace so far."""
 
     def __init__(self, console: Console, scale: float) -> None:
         self.console = console
-        self.total = 0.5 + sum(stage.minutes for stage in STAGES) * scale + COMPARISON_MINUTES
+        self.total = DATA_MINUTES + sum(stage.minutes for stage in STAGES) * scale + COMPARISON_MINUTES
         self.left = self.total
+        self.pace = 1.0
         self.minutes: dict[str, float] = {}
-        self._planned = self._spent = 0.0
 
-    def part(self, title: str, minutes: float) -> "Clock":
-        """Announces a part; use as a context."""
-        pace = self._spent / self._planned if self._planned else 1.0
-        self.console.print(f"[bold]{title}[/bold] - about {max(self.left * pace, 0.1):.1f} minutes left in all")
-        self._title, self._minutes, self._start = title, minutes, time.perf_counter()
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exception: object) -> None:
-        spent = (time.perf_counter() - self._start) / 60
-        self.left -= self._minutes
-        if spent > 0.1 * self._minutes:  # a part found finished tells nothing of the pace
-            self._planned += self._minutes
-            self._spent += spent
-        self.minutes[self._title] = round(spent, 2)
+    @contextmanager
+    def part(self, title: str, usual: float) -> Iterator[None]:
+        """Announces a part of `usual` minutes, and learns from it how fast this machine is."""
+        self.console.print(f"[bold]{title}[/bold], about {max(self.left * self.pace, 0.1):.1f} minutes left in all")
+        start = time.perf_counter()
+        yield
+        spent = (time.perf_counter() - start) / 60
+        self.left -= usual
+        if spent > 0.3 * usual and usual >= 1:  # a part found finished, or a short one, tells nothing of the pace
+            self.pace = spent / usual
+        self.minutes[title] = round(spent, 2)
 
 
 def train(stage: Stage, folder: Path, seed: int, scale: float) -> None:

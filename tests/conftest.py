@@ -1,16 +1,6 @@
 """Tiny real networks and toy models with known answers, shared by the tests."""
 
-import argparse
-import ast
-import configparser
-import inspect
-import shutil
-import subprocess
-import tempfile
-import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,82 +126,3 @@ def count_calls() -> Callable[[nn.Module], list[tuple[Any, ...]]]:
         return seen
 
     return watch
-
-
-RUN_OPTIONS = {
-    "trainer.max_steps": 3,
-    "trainer.val_check_interval": 3,
-    "trainer.limit_val_batches": 1,
-    "trainer.limit_test_batches": 1,
-    "trainer.limit_predict_batches": 1,
-    "data.init_args.length": 32,
-    "data.init_args.batch_size": 4,
-    "model.init_args.compile": "false",
-}
-NETWORK_OPTIONS = {
-    "model.init_args.network.hidden_size": 16,
-    "model.init_args.network.num_hidden_layers": 1,
-    "model.init_args.network.num_attention_heads": 2,
-    "model.init_args.network.num_key_value_heads": 2,
-    "model.init_args.network.intermediate_size": 24,
-}
-STAGE_OPTIONS = {
-    "demasker": NETWORK_OPTIONS,
-    "judge": NETWORK_OPTIONS,
-    "autoencoder": {"model.init_args.num_registers": 4, "model.init_args.latent_dim": 8},
-    "prior": {
-        "model.init_args.network.hidden_size": 16,
-        "model.init_args.network.num_layers": 1,
-        "model.init_args.network.num_heads": 2,
-    },
-}
-PREVIOUS = {"autoencoder": ("demasker_checkpoint", "demasker"), "prior": ("autoencoder_checkpoint", "autoencoder")}
-
-
-@dataclass(frozen=True)
-class TinySystem:
-    """A system of four stages trained for three steps each through the CLI, on a small folder of real functions."""
-
-    root: Path
-    corpus: Path
-    cache: Path
-
-    def checkpoint(self, stage: str) -> Path:
-        return self.root / stage / "checkpoints" / "last.ckpt"
-
-    def arguments(self, command: str, stage: str, root: Path | None = None) -> list[str]:
-        """The command line of a stage: its own YAML, made tiny."""
-        options = {
-            **RUN_OPTIONS,
-            **STAGE_OPTIONS[stage],
-            "data.init_args.folder": self.corpus,
-            "data.init_args.cache_dir": self.cache,
-            "trainer.default_root_dir": (root or self.root) / stage,
-        }
-        if stage in PREVIOUS:
-            argument, previous = PREVIOUS[stage]
-            options[f"model.init_args.{argument}"] = self.checkpoint(previous)
-        config = Path(__file__).parents[1] / "lightning_configs" / f"quickstart_{stage}.yaml"
-        return [command, f"--config={config}", *(f"--{name}={value}" for name, value in options.items())]
-
-
-@pytest.fixture(scope="session")
-def tiny_system(tmp_path_factory: pytest.TempPathFactory) -> TinySystem:
-    from crocodil.trainer_cli import run_trainer
-
-    system = TinySystem(*(tmp_path_factory.mktemp(name) for name in ("system", "corpus", "cache")))
-    for module in (argparse, ast, configparser, inspect, shutil, subprocess, tempfile, textwrap):
-        source = Path(inspect.getfile(module))
-        for i in range(6):  # cut into several files, so that each split gets some
-            lines = source.read_text().splitlines(keepends=True)
-            (system.corpus / f"{source.stem}_{i}.py").write_text("".join(lines))
-    for stage in ("demasker", "autoencoder", "prior", "judge"):
-        run_trainer(system.arguments("fit", stage))
-    return system
-
-
-@pytest.fixture(scope="session")
-def tiny_pipeline(tiny_system: TinySystem):
-    from crocodil.commands import build_pipeline
-
-    return build_pipeline(*(str(tiny_system.checkpoint(stage)) for stage in ("autoencoder", "prior", "demasker")))

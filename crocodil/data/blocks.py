@@ -62,14 +62,18 @@ class EpochShuffle(Sampler[int]):
 class ResumableLoader(DataLoader[Tensor]):
     """A loader over an `EpochShuffle` that goes on within an epoch: Lightning keeps its state in every checkpoint."""
 
-    _resumed = {"epoch": -1, "batches": 0}
+    _resumed: dict[str, Any] | None = None
     _given = 0
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given out."""
-        return {"epoch": self.sampler.epoch, "batches": self._given}  # type: ignore[attr-defined]
+    @property
+    def _epoch(self) -> int | None:
+        return getattr(self.sampler, "epoch", None)  # None where the Trainer put in a sampler without epochs
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many of its batches were given out."""
+        return {"epoch": self._epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Leaves out the batches that were given out, if the next epoch is the one they were of.
 
         Args:
@@ -78,8 +82,9 @@ class ResumableLoader(DataLoader[Tensor]):
         self._resumed = state
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        goes_on = self.sampler.epoch == self._resumed["epoch"]  # type: ignore[attr-defined]
-        self._given = self._resumed["batches"] if goes_on else 0
+        resumed, self._resumed = self._resumed, None
+        epoch = self._epoch
+        self._given = resumed["batches"] if resumed and epoch is not None and resumed["epoch"] == epoch else 0
         for batch in islice(super().__iter__(), self._given, None):
             self._given += 1
             yield batch

@@ -6,13 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from crocodil.models.backbone import checked_config
 
 
 def build_judge(settings: Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model of transformers from `model_type` and fields of its configuration."""
-    fields = dict(settings)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), use_cache=False, **fields))
+    """A causal language model of transformers from `model_type` and fields of its configuration.
+
+    Raises:
+        ValueError: if `model_type` is absent or unknown, or a field is not one of that model's.
+    """
+    return AutoModelForCausalLM.from_config(checked_config(settings))
 
 
 def tokens_through_eos(token_ids: Tensor, eos_token_id: int) -> Tensor:

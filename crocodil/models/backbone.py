@@ -22,24 +22,24 @@ def network_config(settings: Mapping[str, Any] | PretrainedConfig) -> Pretrained
     Raises:
         ValueError: if `model_type` is absent or unknown, or a field is not one of that model's.
     """
-    if isinstance(settings, PretrainedConfig):
-        config = settings
-    else:
-        fields = dict(settings)
-        model_type = fields.pop("model_type", None)
-        if model_type is None:
-            raise ValueError(
-                f"a network needs `model_type` (llama, qwen3, ...) among its settings, got {sorted(settings)}"
-            )
-        known = AutoConfig.for_model(model_type).to_dict().keys() | {"attn_implementation", "is_causal"}
-        if unknown := sorted(fields.keys() - known):
-            hints = [match for name in unknown for match in get_close_matches(name, known, n=1)]
-            meant = f"; did you mean {', '.join(hints)}?" if hints else "; see its configuration in transformers"
-            raise ValueError(f"a {model_type} network has no setting {', '.join(unknown)}{meant}")
-        config = AutoConfig.for_model(model_type, **fields)
+    config = settings if isinstance(settings, PretrainedConfig) else checked_config(settings)
     config.is_causal = False
     config.use_cache = False
     return config
+
+
+def checked_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """As `network_config`, of a network as transformers has it: a decoder stays causal."""
+    fields = dict(settings)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(f"a network needs `model_type` (llama, qwen3, ...) among its settings, got {sorted(settings)}")
+    known = AutoConfig.for_model(model_type).to_dict().keys() | {"attn_implementation", "is_causal"}
+    if unknown := sorted(fields.keys() - known):
+        hints = [match for name in unknown for match in get_close_matches(name, known, n=1)]
+        meant = f"; did you mean {', '.join(hints)}?" if hints else "; see its configuration in transformers"
+        raise ValueError(f"a {model_type} network has no setting {', '.join(unknown)}{meant}")
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def add_register_axis(network: PreTrainedModel, register_spacing: float = 0.0) -> bool:
