@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 TABLE_WIDTH = 120
 PRIOR_STEPS, REFRESH_PRIOR_STEPS = 16, 8
 BASE_RULES: tuple[tuple[Remasking, float], ...] = (("random", 1.0), ("low_confidence", 0.7))
-LATENT_RULES: tuple[tuple[Remasking, float], ...] = (("low_confidence", 0.7),)
+LATENT_RULES: tuple[tuple[Remasking, float], ...] = (("low_confidence", 0.4),)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Stage:
 
 STAGES = (
     Stage("demasker", 800, 2.7),
-    Stage("autoencoder", 900, 5.0, "demasker", "demasker_checkpoint"),
-    Stage("prior", 700, 3.5, "autoencoder", "autoencoder_checkpoint"),
+    Stage("autoencoder", 700, 4.2, "demasker", "demasker_checkpoint"),
+    Stage("prior", 600, 3.9, "autoencoder", "autoencoder_checkpoint"),
     Stage("judge", 400, 1.2),
 )
 DATA_MINUTES, COMPARISON_MINUTES = 0.5, 2.0

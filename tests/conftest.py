@@ -1,6 +1,9 @@
 """Tiny real networks and toy models with known answers, shared by the tests."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,3 +129,136 @@ def count_calls() -> Callable[[nn.Module], list[tuple[Any, ...]]]:
         return seen
 
     return watch
+
+
+RUN_OPTIONS = {
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.limit_test_batches": 1,
+    "trainer.limit_predict_batches": 1,
+    "data.init_args.length": 32,
+    "data.init_args.batch_size": 8,
+    "model.init_args.compile": "false",
+}
+NETWORK_OPTIONS = {
+    "model.init_args.network.hidden_size": 16,
+    "model.init_args.network.intermediate_size": 24,
+    "model.init_args.network.num_hidden_layers": 2,
+    "model.init_args.network.num_attention_heads": 2,
+    "model.init_args.network.num_key_value_heads": 2,
+}
+STAGE_OPTIONS = {
+    "demasker": NETWORK_OPTIONS,
+    "autoencoder": {"model.init_args.num_registers": 4, "model.init_args.latent_dim": 8},
+    "prior": {
+        "model.init_args.network.hidden_size": 16,
+        "model.init_args.network.num_layers": 2,
+        "model.init_args.network.num_heads": 2,
+    },
+    "judge": NETWORK_OPTIONS,
+}
+PREVIOUS = {"autoencoder": ("demasker_checkpoint", "demasker"), "prior": ("autoencoder_checkpoint", "autoencoder")}
+
+
+@dataclass(frozen=True)
+class TinySystem:
+    """All four stages, trained for two steps each by the CLI on 375 generated functions; K = 4, D = 8, L = 32."""
+
+    root: Path
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.root / stage / "checkpoints" / "last.ckpt"
+
+    def arguments(self, command: str, stage: str, *more: str, family: str = "quickstart") -> list[str]:
+        """The command line of a stage: its YAML made tiny, then `more`."""
+        options = {
+            **RUN_OPTIONS,
+            **STAGE_OPTIONS[stage],
+            "data.init_args.folder": self.root / "corpus",
+            "data.init_args.cache_dir": self.root / "cache",
+            "trainer.default_root_dir": self.root / stage,
+        }
+        if stage in PREVIOUS:
+            argument, previous = PREVIOUS[stage]
+            options[f"model.init_args.{argument}"] = self.checkpoint(previous)
+        config = Path(__file__).parents[1] / "lightning_configs" / f"{family}_{stage}.yaml"
+        return [command, f"--config={config}", *(f"--{name}={value}" for name, value in options.items()), *more]
+
+    def data(self, batch_size: int = 8):
+        from crocodil.data import CanonicalFunctions
+
+        return CanonicalFunctions(32, batch_size, folder=str(self.root / "corpus"), cache_dir=str(self.root / "cache"))
+
+    def module(self, stage: str, **settings: Any):
+        """A fresh module of a stage as the CLI builds it, on the previous stage's checkpoint."""
+        from crocodil import modules
+        from crocodil.data import CanonicalFunctions
+
+        prefix = "model.init_args.network."
+        network = {name.removeprefix(prefix): value for name, value in STAGE_OPTIONS[stage].items() if prefix in name}
+        if stage in ("demasker", "judge"):
+            network |= {"model_type": "llama", "max_position_embeddings": 32}
+        given: dict[str, Any] = {"network": network} if network else {"num_registers": 4, "latent_dim": 8}
+        if stage in PREVIOUS:
+            argument, previous = PREVIOUS[stage]
+            given[argument] = str(self.checkpoint(previous))
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            make = getattr(modules, f"{stage.capitalize()}Module")
+            return make(CanonicalFunctions(32).vocabulary, **{**given, **settings})
+
+
+@pytest.fixture(scope="session")
+def tiny_system(tmp_path_factory: pytest.TempPathFactory) -> TinySystem:
+    """A trained system; do not write to its folder."""
+    from crocodil.trainer_cli import run_trainer
+
+    system = TinySystem(tmp_path_factory.mktemp("system"))
+    (system.root / "corpus").mkdir()
+    for i, (a, b, c) in enumerate(product("+-*/%", repeat=3)):
+        functions = [f"def g(a, b):\n    c = a {a} b\n    return c {b} a {c} {last}\n" for last in "abc"]
+        (system.root / "corpus" / f"m{i:03d}.py").write_text("\n\n".join(functions))
+    for stage in STAGE_OPTIONS:
+        run_trainer(system.arguments("fit", stage))
+    return system
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_system: TinySystem):
+    """The trained system as a pipeline with base, encoder and prior; do not change it."""
+    from crocodil.commands import build_pipeline
+
+    return build_pipeline(*(str(tiny_system.checkpoint(stage)) for stage in ("autoencoder", "prior", "demasker")))
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., list[float]]:
+    """`losses = fit(module, data, *callbacks, max_steps=3, ckpt_path=None)`: a fit without files or validation."""
+    from lightning.pytorch import Callback, Trainer
+
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+            self.values.append(outputs["loss"].item())
+
+    def run(module: nn.Module, data: Any, *callbacks: Any, ckpt_path: Any = None, **options: Any) -> list[float]:
+        losses = Losses()
+        settings: dict[str, Any] = {
+            "max_steps": 3,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "default_root_dir": tmp_path,
+        }
+        trainer = Trainer(**(settings | options), callbacks=[losses, *callbacks])
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return losses.values
+
+    return run
