@@ -2,7 +2,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +265,8 @@ def python(code: str) -> str:
 HEAVY = "[name for name in ('torch', 'lightning', 'transformers', 'matplotlib', 'numpy') if name in sys.modules]"
 
 
-def test_importing_the_package_is_light_until_the_pipeline_is_asked_for() -> None:
-    code = f"import sys, crocodil; print({HEAVY}); from crocodil import CrocodilPipeline as P; print(P.__module__)"
-    assert python(code).splitlines() == ["[]", "crocodil.pipeline"]
+def test_importing_the_package_is_light() -> None:
+    assert python(f"import sys, crocodil; print({HEAVY})") == "[]\n"
 
 
 def test_the_package_gives_the_pipeline_and_nothing_unknown() -> None:

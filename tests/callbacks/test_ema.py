@@ -53,7 +53,9 @@ def averages(watch: Watch, decays: list[float]) -> list[Weights]:
     return found
 
 
-@pytest.mark.parametrize(("decay", "decays"), [(0.999, [1 / 10, 2 / 11, 3 / 12]), (0.15, [0.1, 0.15, 0.15]), (0.0, [0] * 3)])
+@pytest.mark.parametrize(
+    ("decay", "decays"), [(0.999, [1 / 10, 2 / 11, 3 / 12]), (0.15, [0.1, 0.15, 0.15]), (0.0, [0] * 3)]
+)
 def test_the_average_by_hand(
     decay: float, decays: list[float], tiny_system: Any, fit: Callable[..., list[float]]
 ) -> None:

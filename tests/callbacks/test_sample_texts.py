@@ -82,9 +82,7 @@ def test_the_texts_are_those_of_the_pipeline(tiny_system: Any, sampled: Callable
     assert pages == {"step-000001-masked.txt": BREAK.join(texts) + "\n"}
 
 
-def test_chosen_algorithms_replace_those_of_the_stage(
-    tiny_system: Any, sampled: Callable[..., dict[str, str]]
-) -> None:
+def test_chosen_algorithms_replace_those_of_the_stage(tiny_system: Any, sampled: Callable[..., dict[str, str]]) -> None:
     callback = SampleTexts(["masked", "conthendisc"], num_samples=1, num_steps=1, prior_steps=1)
     pages = sampled(tiny_system.module("prior"), callback)
     assert set(pages) == {"step-000001-masked.txt", "step-000001-conthendisc.txt"}

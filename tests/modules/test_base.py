@@ -78,7 +78,11 @@ def test_a_resumed_fit_equals_an_uninterrupted_one(
         ckpt_path = tmp_path / f"step={start}.ckpt" if start else None
         losses = fit(module, tiny_system.data(100), EMA(0.5), saves, ckpt_path=ckpt_path, **options)
         saved = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
-        return losses, {"state": saved["optimizer_states"][0]["state"], "weights": saved["state_dict"], "ema": saved["ema"]}
+        return losses, {
+            "state": saved["optimizer_states"][0]["state"],
+            "weights": saved["state_dict"],
+            "ema": saved["ema"],
+        }
 
     losses, content = run()
     for start in (4, 3, 1):

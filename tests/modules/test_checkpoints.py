@@ -84,7 +84,9 @@ def damaged(kind: str, whole: Path) -> bytes:
 def test_damaged_files_are_refused_in_one_sentence(kind: str, tiny_system: Any, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     path.write_bytes(damaged(kind, tiny_system.checkpoint("demasker")))
-    with pytest.raises(ValueError, match=f"^expected a checkpoint of the demasker stage, but {path} is damaged") as error:
+    with pytest.raises(
+        ValueError, match=f"^expected a checkpoint of the demasker stage, but {path} is damaged"
+    ) as error:
         StageCheckpoint(path, "demasker")
     assert "\n" not in str(error.value)
 

@@ -30,9 +30,7 @@ def test_the_checkpoint_holds_the_prior_alone(tiny_system: Any) -> None:
     assert content["crocodil"]["networks"]["autoencoder"] == encoder.fingerprint()
 
 
-def test_training_moves_the_prior_and_leaves_the_autoencoder(
-    tiny_system: Any, fit: Callable[..., list[float]]
-) -> None:
+def test_training_moves_the_prior_and_leaves_the_autoencoder(tiny_system: Any, fit: Callable[..., list[float]]) -> None:
     module = tiny_system.module("prior")
     before = {name: value.clone() for name, value in module.state_dict().items()}
     fit(module, tiny_system.data(), max_steps=4)
