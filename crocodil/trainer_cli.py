@@ -36,13 +36,15 @@ def one_sentence(message: str) -> str:
     """The part of a jsonargparse message that tells what to mend.
 
     Its messages nest: each member of a union complains in turn as a bullet, indented below the key it is about. The
-    innermost complaints that are not about None tell most.
+    innermost complaints that are neither about None nor about the ways to name a class tell most.
     """
     if unknown := re.search(r"Expected a dot import path string: (\S+)", message):
         known = ", ".join(sorted(entry.name for entry in entry_points(group=CALLBACK_GROUP)))
         return f"there is no class {unknown[1]}; give an import path, or for a callback one of the short names {known}"
+    message = re.sub(r":\n +(?=[^-\s])", ": ", message)
     bullets = re.findall(r"^( *)- (.+)$", message, flags=re.MULTILINE)
-    telling = [(len(indent), text) for indent, text in bullets if "NoneType" not in text and not text.endswith(":")]
+    general = r".*NoneType|.*:$|a class path \(str\)|a dict with|Not a valid subclass"
+    telling = [(len(indent), text) for indent, text in bullets if not re.match(general, text)]
     if not telling:
         return " ".join(line.strip() for line in message.splitlines()[:2])
     deepest = max(indent for indent, _ in telling)

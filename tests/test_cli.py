@@ -75,13 +75,13 @@ def test_predict_writes_json_lines_beside_the_run(stage: str, tiny_system: Any, 
 
 def test_interpolations_follow_the_command_line(tiny_system: Any, tmp_path: Path) -> None:
     options = [
-        "--data.init_args.length=24",
+        "--data.init_args.length=40",
         "--trainer.max_steps=3",
         "--model.init_args.lr_scheduler.init_args.warmup_steps=0",
         f"--trainer.default_root_dir={tmp_path}",
     ]
     cli = run_trainer(tiny_system.arguments("fit", "demasker", *options))
-    assert cli.datamodule.length == cli.model.demasker.max_length == 24
+    assert cli.datamodule.length == cli.model.demasker.max_length == 40
     schedule = cli.trainer.lr_scheduler_configs[0].scheduler.lr_lambdas[0]
     assert schedule(0) == 1.0 and schedule(2) > schedule(3) == pytest.approx(0.02)
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
@@ -202,7 +202,7 @@ def test_sample_refuses_in_one_sentence(options: list[str], message: str, pipeli
         ("demasker", ["--model.init_args.network.hidden_sise=8"], "no setting hidden_sise; did you mean hidden_size"),
         ("judge", ["--model.init_args.network.hidden_sise=8"], "no setting hidden_sise; did you mean hidden_size"),
         ("prior", ["--model.init_args.network.hidden_sise=8"], "unexpected keyword argument 'hidden_sise'"),
-        ("demasker", ["--model.init_args.network.model_type=lama"], "lama"),
+        ("demasker", ["--model.init_args.network.model_type=lama"], "no model_type 'lama'; did you mean llama"),
         ("demasker", ["--model.init_args.network.max_position_embeddings=16"], "reads at most 16 tokens, got 32"),
         ("demasker", ["--model.init_args.loss_weight=best"], "loss_weight.*'elbo', 'none'"),
         ("demasker", ["--data.init_args.folder={folder}"], "folder must hold files that match .*, got none in"),

@@ -1,24 +1,71 @@
-"""Every YAML of lightning_configs: complete, runnable in small, and no key of it without effect."""
+"""Every YAML of lightning_configs can be run in small, and a key of it that means nothing any more is an error."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
+from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.trainer_cli import run_trainer
+
 FOLDER = Path(__file__).parents[1] / "lightning_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+SECTIONS = [
+    ("trainer",),
+    ("trainer", "logger", "init_args"),
+    ("trainer", "callbacks", 0, "init_args"),
+    ("trainer", "callbacks", 1, "init_args"),
+    ("model", "init_args"),
+    ("model", "init_args", "network"),
+    ("model", "init_args", "optimizer", "init_args"),
+    ("model", "init_args", "lr_scheduler", "init_args"),
+    ("data", "init_args"),
+]
 
 
-def tiny(name: str, config: Path, tiny_system: Any, folder: Path) -> list[str]:
-    """Parses, builds everything, fits for no step."""
+@pytest.fixture(scope="module")
+def built(tiny_system: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stages of a family find one another's checkpoints."""
+    return tmp_path_factory.mktemp("built")
+
+
+def arguments(name: str, tiny_system: Any, root: Path) -> list[str]:
+    """A fit of a single step, of the same data and on the checkpoints of the same family."""
     family, _, stage = name.rpartition("_")
-    arguments = tiny_system.arguments("fit", stage, "--trainer.max_steps=0", f"--trainer.default_root_dir={folder}")
-    arguments[1] = f"--config={config}"
+    options = ["--trainer.max_steps=1", f"--trainer.default_root_dir={root / name}"]
     if family == "source":
-        arguments.append("--data.init_args.vocab_size=300")
-    if family == "source" and stage != "demasker":
-        previous = {"autoencoder": "demasker", "prior": "autoencoder"}[stage]
-        arguments.append(f"--model.init_args.{previous}_checkpoint={folder}/none.ckpt")
-    return arguments
+        options.append("--data.init_args.vocab_size=280")
+        for previous, argument in (("demasker", "demasker_checkpoint"), ("autoencoder", "autoencoder_checkpoint")):
+            if argument in (FOLDER / f"{name}.yaml").read_text():
+                path = root / f"{family}_{previous}" / "checkpoints" / "last.ckpt"
+                options.append(f"--model.init_args.{argument}={path}")
+    return tiny_system.arguments("fit", stage, *options, family=family)
 
 
-def test_there_are_configs() -> None:
-    assert len(NAMES) >= 7
+@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: ("demasker" not in name, "prior" in name)))
+def test_a_config_runs(name: str, tiny_system: Any, built: Path) -> None:
+    run_trainer(arguments(name, tiny_system, built))
+    stage = name.rpartition("_")[2]
+    assert StageCheckpoint(built / name / "checkpoints" / "last.ckpt", stage).networks  # type: ignore[arg-type]
+
+
+def with_bogus_key(config: dict[str, Any], section: tuple[str | int, ...]) -> dict[str, Any]:
+    place: Any = config
+    for key in section:
+        if isinstance(place, dict) and key == "init_args":
+            place.setdefault("init_args", {})
+        place = place[key]
+    place["bogus"] = 1
+    return config
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: ".".join(map(str, section)))
+@pytest.mark.parametrize("name", ["quickstart_demasker", "quickstart_prior"])
+def test_a_stale_key_is_an_error(name: str, section: tuple[str | int, ...], tiny_system: Any, tmp_path: Path) -> None:
+    given = arguments(name, tiny_system, tmp_path)
+    config = with_bogus_key(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()), section)
+    (tmp_path / "stale.yaml").write_text(yaml.safe_dump(config))
+    given[1] = f"--config={tmp_path / 'stale.yaml'}"
+    with pytest.raises(ValueError, match="bogus"):
+        run_trainer(given)

@@ -1,12 +1,12 @@
 """Any decoder of transformers made bidirectional, with an axis of its own for registers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 
 def network_config(settings: Mapping[str, Any] | PretrainedConfig) -> PretrainedConfig:
@@ -34,12 +34,17 @@ def checked_config(settings: Mapping[str, Any]) -> PretrainedConfig:
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError(f"a network needs `model_type` (llama, qwen3, ...) among its settings, got {sorted(settings)}")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers has no model_type {model_type!r}{_hint([model_type], CONFIG_MAPPING)}")
     known = AutoConfig.for_model(model_type).to_dict().keys() | {"attn_implementation", "is_causal"}
     if unknown := sorted(fields.keys() - known):
-        hints = [match for name in unknown for match in get_close_matches(name, known, n=1)]
-        meant = f"; did you mean {', '.join(hints)}?" if hints else "; see its configuration in transformers"
-        raise ValueError(f"a {model_type} network has no setting {', '.join(unknown)}{meant}")
+        raise ValueError(f"a {model_type} network has no setting {', '.join(unknown)}{_hint(unknown, known)}")
     return AutoConfig.for_model(model_type, **fields)
+
+
+def _hint(unknown: Iterable[str], known: Iterable[str]) -> str:
+    hints = [match for name in unknown for match in get_close_matches(str(name), list(known), n=1)]
+    return f"; did you mean {', '.join(hints)}?" if hints else "; see its configuration in transformers"
 
 
 def add_register_axis(network: PreTrainedModel, register_spacing: float = 0.0) -> bool:

@@ -19,7 +19,7 @@ def held_out(tiny_system: Any) -> dict[str, torch.Tensor]:
 
 
 def test_rows_are_masked_at_evenly_spread_times(tiny_system: Any) -> None:
-    """Row i of B has the time (u + i / B) mod 1, and each of its tokens is masked where its number is below 1 - alpha."""
+    """Row i of B has the time (u + i / B) mod 1; its tokens are masked where their numbers are below 1 - alpha."""
     module, batch = tiny_system.module("demasker"), held_out(tiny_system)
     noise = module.held_out_noise(batch, 3)
     noisy_ids, is_masked, point = draw_masks(batch["token_ids"], noise, module.masking, MASK)
