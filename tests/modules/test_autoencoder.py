@@ -49,6 +49,7 @@ def test_dropout_hides_all_registers_of_its_share_of_rows() -> None:
     assert is_share((lengths == REGISTERS).sum(), 0.9)
     both = visible(dropout=0.1, nested_dropout=0.5)
     assert is_share((both.sum(1) == 0).sum(), 0.1)
+    assert is_share((both.sum(1) == REGISTERS).sum(), 0.9 * (0.5 + 0.5 / REGISTERS))  # the choices are independent
     assert torch.equal(both, torch.arange(REGISTERS) < both.sum(1, keepdim=True))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from crocodil.models import Demasker, LatentPrior
 from crocodil.modules.optimizers import MuonAdamW, WarmupCosine, parameter_groups
 
-MUON = {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+MUON = {"momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
 
 
 class Stage(nn.Module):
@@ -74,10 +74,11 @@ def train(stage: Stage, steps: range, *optimizers: torch.optim.Optimizer) -> Non
 
 def test_equals_muon_and_adamw_run_apart(make_stage: Callable[[], Stage]) -> None:
     joint, apart = make_stage(), make_stage()
-    train(joint, range(5), MuonAdamW(parameter_groups(joint), lr=0.01, weight_decay=0.1))
+    together = MuonAdamW(parameter_groups(joint), lr=0.01, weight_decay=0.1, momentum=0.9, betas=(0.8, 0.9))
+    train(joint, range(5), together)
     first, rest = (group["params"] for group in parameter_groups(apart))
     muon = torch.optim.Muon(first, lr=0.01, weight_decay=0.1, **MUON)
-    adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
+    adamw = torch.optim.AdamW(rest, lr=0.01, betas=(0.8, 0.9), weight_decay=0.0)
     train(apart, range(5), muon, adamw)
     for one, other in zip(joint.parameters(), apart.parameters(), strict=True):
         assert torch.equal(one, other)
