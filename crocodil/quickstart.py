@@ -25,7 +25,7 @@ from crocodil.data import CanonicalFunctions
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation import report
 from crocodil.evaluation.verdict import verdict, verdict_sentences
-from crocodil.modules.autoencoder import MASK_RATIOS, conditioning_losses
+from crocodil.modules.autoencoder import MASK_RATIOS, losses_by_mask_ratio
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import CrocodilPipeline
@@ -35,7 +35,7 @@ from crocodil.trainer_cli import run_trainer
 
 SEEDS = (0, 1, 2)
 TABLE_WIDTH = 120
-PRIOR_STEPS, REFRESH_PRIOR_STEPS = 16, 8
+PRIOR_STEPS, REFRESH_PRIOR_STEPS = 16, 16
 BASE_RULES: tuple[tuple[Remasking, float], ...] = (("random", 1.0), ("low_confidence", 0.7))
 LATENT_RULES: tuple[tuple[Remasking, float], ...] = (("low_confidence", 0.4),)
 
@@ -256,14 +256,20 @@ def loss_curve(folder: Path) -> list[dict[str, Any]]:
 
 
 def latent_use(pipeline: CrocodilPipeline, token_ids: Tensor) -> list[dict[str, float]]:
-    """Cross-entropy at masked positions against the mask ratio, with the true latents and without any."""
-    assert pipeline.encoder is not None
-    losses = conditioning_losses(pipeline.demasker, pipeline.encoder, token_ids, RowNoise(torch.arange(len(token_ids))))
+    """Cross-entropy at masked positions against the mask ratio: true latents, none, and the base, which knows none."""
+    assert pipeline.encoder is not None and pipeline.base is not None
+    noise = RowNoise(torch.arange(len(token_ids)))
+    with torch.no_grad():
+        latents = pipeline.encoder(token_ids)
+        with_latents = losses_by_mask_ratio(pipeline.demasker, token_ids, latents, noise)
+        without_latents = losses_by_mask_ratio(pipeline.demasker, token_ids, None, noise)
+        base = losses_by_mask_ratio(pipeline.base, token_ids, None, noise)
     return [
         {
             "mask_ratio": ratio,
-            "with_latents": float(losses[f"masked_loss_{ratio}"]),
-            "without_latents": float(losses[f"masked_loss_no_latents_{ratio}"]),
+            "with_latents": float(with_latents[ratio]),
+            "without_latents": float(without_latents[ratio]),
+            "base": float(base[ratio]),
         }
         for ratio in MASK_RATIOS
     ]

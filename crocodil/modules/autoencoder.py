@@ -163,11 +163,10 @@ class AutoencoderModule(CrocodilModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Beside the figures of validation, the cross-entropy against the mask ratio, with and without latents."""
         super().test_step(batch, batch_idx)
-        losses = conditioning_losses(
-            self.demasker, self.encoder, batch["token_ids"], self.held_out_noise(batch, batch_idx)
-        )
-        for name, value in losses.items():
-            self.log(f"test_{name}", value, sync_dist=True, batch_size=batch["token_ids"].shape[0])
+        token_ids, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
+        for name, latents in {"masked_loss": self.encoder(token_ids), "masked_loss_no_latents": None}.items():
+            for ratio, value in losses_by_mask_ratio(self.demasker, token_ids, latents, noise).items():
+                self.log(f"test_{name}_{ratio}", value, sync_dist=True, batch_size=token_ids.shape[0])
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Autoencoding: a held-out text is encoded and written again from its registers alone."""
@@ -220,21 +219,22 @@ def disturb_latents(
 
 
 @torch.no_grad()
-def conditioning_losses(
-    demasker: Demasker, encoder: RegisterEncoder, token_ids: Tensor, noise: RowNoise
-) -> dict[str, Tensor]:
+def losses_by_mask_ratio(
+    demasker: Demasker, token_ids: Tensor, latents: Tensor | None, noise: RowNoise
+) -> dict[float, Tensor]:
     """Mean cross-entropy at masked positions, in nats, for each ratio of `MASK_RATIOS` (the paper's figure 4).
 
-    Returns:
-        `masked_loss_0.5` under the true latents and `masked_loss_no_latents_0.5` without, and so on.
+    Args:
+        demasker: the network to ask.
+        token_ids: (B, L) int64, clean texts.
+        latents: (B, K, D) float, their registers; None asks without.
+        noise: draws the masks: the same noise hides the same tokens, and more of them at a larger ratio.
     """
-    latents = encoder(token_ids)
     uniform = noise.uniform(STREAM_MASK, 2, token_ids.shape[1])
     losses = {}
     for ratio in MASK_RATIOS:
         mask_prob = torch.full((token_ids.shape[0],), ratio, device=token_ids.device)
         noisy_ids, is_masked = corrupt(token_ids, mask_prob, uniform, demasker.mask_token_id)
-        for name, z in (("masked_loss", latents), ("masked_loss_no_latents", None)):
-            nats = token_cross_entropy(demasker(noisy_ids, z), token_ids)
-            losses[f"{name}_{ratio}"] = (nats * is_masked).sum() / is_masked.sum().clamp(min=1)
+        nats = token_cross_entropy(demasker(noisy_ids, latents), token_ids)
+        losses[ratio] = (nats * is_masked).sum() / is_masked.sum().clamp(min=1)
     return losses
