@@ -1,10 +1,14 @@
 """An exponential moving average of the trained weights."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
+
+from crocodil.modules import ShardedStrategy
+from crocodil.modules.sharded_checkpoint import load_sharded
 
 _KEY = "ema"
 
@@ -13,7 +17,8 @@ class EMA(L.Callback):
     """Averages the trainable parameters, w_ema <- decay w_ema + (1 - decay) w, after every optimizer step.
 
     Validation, testing and the `state_dict` of a checkpoint use the average; the raw weights, from which training goes
-    on, travel in an entry of their own. Frozen parameters are left alone and cost nothing.
+    on, travel in an entry of their own. Frozen parameters are left alone and cost nothing, and of sharded parameters
+    each process averages its shards.
 
     Args:
         decay: in [0, 1). It rises to this value as (1 + n) / (10 + n) over the first n steps.
@@ -22,6 +27,8 @@ class EMA(L.Callback):
         ValueError: if the decay is out of range.
     """
 
+    weight_copies = 1  # of the trained weights, kept on the device; `crocodil plan` adds them up
+
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the EMA's decay must be in [0, 1), got {decay}")
@@ -29,26 +36,22 @@ class EMA(L.Callback):
         self.num_updates = 0
         self.averages: dict[str, Tensor] = {}
         self._raw: dict[str, Tensor] | None = None
+        self._restored: dict[str, Tensor] | None = None
         self._step = 0
 
     def _parameters(self, module: L.LightningModule) -> dict[str, Tensor]:
         return {name: p.data for name, p in module.named_parameters() if p.requires_grad}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts from the current weights, or from the restored average."""
-        parameters = self._parameters(pl_module)
-        if not self.averages:
-            self.averages = {name: p.clone() for name, p in parameters.items()}
-        else:
-            self.averages = {name: self.averages[name].to(p.device) for name, p in parameters.items()}
-        if (
-            self._raw is not None
-        ):  # a checkpoint was loaded: its state_dict is the average, training needs the raw weights
-            self._copy(self._raw, parameters)
-            self._raw = None
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Notes the step that training goes on from, which is known only now."""
+        """Starts from the current weights, which are the restored average if a checkpoint was loaded.
+
+        Training then goes on from the raw weights and a step, both of which are known only now.
+        """
+        parameters = self._parameters(pl_module)
+        self.averages = {name: p.clone() for name, p in parameters.items()}
+        if self._restored is not None:
+            self._copy(self._restored, parameters)
+            self._restored = None
         self._step = trainer.global_step
 
     @torch.no_grad()
@@ -85,16 +88,26 @@ class EMA(L.Callback):
         """Puts the average into the checkpoint's `state_dict` and the raw weights beside it."""
         weights = checkpoint["state_dict"]
         raw = self._raw or {name: weights[name] for name in self.averages}
-        checkpoint[_KEY] = {"raw": dict(raw), "num_updates": self.num_updates}
+        checkpoint[_KEY] = {"num_updates": self.num_updates}
         weights.update({name: average.clone() for name, average in self.averages.items()})
+        if isinstance(trainer.strategy, ShardedStrategy):  # it shards the `state_dict` alone
+            weights.update({f"{_KEY}.raw.{name}": value for name, value in raw.items()})
+        else:
+            checkpoint[_KEY]["raw"] = dict(raw)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes both back; the raw weights go into the module when training starts."""
-        if _KEY in checkpoint:
-            self._raw = checkpoint[_KEY]["raw"]
-            self.num_updates = checkpoint[_KEY]["num_updates"]
-            self.averages = {name: checkpoint["state_dict"][name].clone() for name in self._raw}
+        """Takes the raw weights back, which go into the module when training starts."""
+        if _KEY not in checkpoint:
+            return
+        self.num_updates = checkpoint[_KEY]["num_updates"]
+        if isinstance(trainer.strategy, ShardedStrategy):
+            self._restored = {name: p.clone() for name, p in self._parameters(pl_module).items()}
+            raw = {f"{_KEY}.raw.{name}": value for name, value in self._restored.items()}
+            load_sharded(Path(str(trainer.ckpt_path)), {"state_dict": raw})
+        else:
+            self._restored = checkpoint[_KEY]["raw"]
 
     @staticmethod
     def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-        torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+        for name, value in target.items():
+            value.copy_(source[name])

@@ -25,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
     _add_sample(commands.add_parser("sample", help="write texts with a pipeline: --pipeline DIR"))
     _add_export(commands.add_parser("export", help="turn checkpoints into a pipeline folder"))
+    _add_plan(
+        commands.add_parser("plan", help="memory and FLOPs of a training run, without its GPU", allow_abbrev=False)
+    )
     _add_quickstart(commands.add_parser("quickstart", help="train a small system on this machine and compare"))
     return parser
 
@@ -58,6 +61,19 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR")
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Tells what the training run of a configuration needs: parameters, FLOPs, memory by part, and whether it fits "
+        "on a GPU, which need not be there. Further options are those of `crocodil fit` (--model.x, --data.x, "
+        "--trainer.x)."
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="YAML", help="as for fit; repeatable")
+    parser.add_argument("--gpu_memory", type=float, default=80.0, metavar="GIB", help="of one GPU; default: 80")
+    parser.add_argument("--world_size", type=int, default=1, help="GPUs that share the weights (FSDP2); default: 1")
+    parser.add_argument("--batch_size", type=int, help="texts on each GPU; default: as configured")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, memory in bytes")
+
+
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Trains base, autoencoder, prior and judge on Python functions found on this machine, compares the samplers, "
@@ -78,8 +94,12 @@ def run(arguments: Sequence[str]) -> None:
 
         run_trainer(list(arguments))
         return
-    options = vars(build_parser().parse_args(arguments))
+    parser = build_parser()
+    known, others = parser.parse_known_args(arguments)
+    options = vars(known)
     command = options.pop("command")
+    if others and command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if command == "sample":
         from crocodil.commands import sample
 
@@ -88,6 +108,10 @@ def run(arguments: Sequence[str]) -> None:
         from crocodil.commands import export
 
         export(**options)
+    elif command == "plan":
+        from crocodil.planner.command import plan
+
+        plan(overrides=others, **options)
     else:
         from crocodil.quickstart import quickstart
 

@@ -29,6 +29,7 @@ class Setting:
         num_steps: demasker calls asked for; 0 for data.
         remasking: unmasking rule.
         temperature: of the drawn tokens.
+        num_registers: how many registers the demasker reads; None for all, or where there are none.
         seed: of the samples.
     """
 
@@ -36,6 +37,7 @@ class Setting:
     num_steps: int
     remasking: Remasking | None
     temperature: float | None
+    num_registers: int | None
     seed: int
 
 
@@ -122,6 +124,7 @@ class Comparison:
             "algorithm": setting.algorithm,
             "remasking": setting.remasking,
             "temperature": setting.temperature,
+            "num_registers": setting.num_registers,
             "num_steps": setting.num_steps,
             "demasker_calls": samples.calls.get("demasker", 0),
             "prior_calls": samples.calls.get("prior", 0),
@@ -153,6 +156,7 @@ class Comparison:
             seed=setting.seed,
             remasking=setting.remasking,
             temperature=setting.temperature,
+            num_registers=setting.num_registers,
             prior_steps=self.prior_steps,
             refresh_prior_steps=self.refresh_prior_steps,
             batch_size=self.num_samples,
@@ -174,12 +178,13 @@ class Comparison:
             self.pipeline.demasker,
             length=source.shape[1],
             batch_size=len(source),
-            latents=self.pipeline.encoder(source),
+            latents=self.pipeline.encoder(source)[:, : setting.num_registers],
             generator=RowNoise((setting.seed << 32) + torch.arange(len(source))),
         )
         seconds = time.perf_counter() - start
         calls = {**out.calls, "encoder": 1}
-        nfe = demasker_call_equivalents(calls, self.pipeline.flops(source.shape[1], "conwithindisc"))
+        flops = self.pipeline.flops(source.shape[1], "conwithindisc", setting.num_registers)
+        nfe = demasker_call_equivalents(calls, flops)
         return Samples(out.token_ids, self._decode(out.token_ids), calls, nfe, seconds)
 
     def _decode(self, token_ids: Tensor) -> list[str]:

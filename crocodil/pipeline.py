@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
@@ -298,12 +297,12 @@ class CrocodilPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, network in self.networks().items():
-            save_network(network, folder / name)
+            network.save_pretrained(folder / name)
         self.codec.save_pretrained(folder / "tokenizer")
         description = {
             "format": FORMAT,
             "versions": {name: version(name) for name in ("crocodil", "torch", "transformers")},
-            "networks": {name: network.to_config() for name, network in self.networks().items()},
+            "networks": list(self.networks()),
             "latent_process": asdict(self.latent_process),
         }
         (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
@@ -321,53 +320,14 @@ class CrocodilPipeline:
         description = json.loads((folder / PIPELINE_FILE).read_text())
         if description.get("format") != FORMAT:
             raise ValueError(f"{folder} has pipeline format {description.get('format')}, this version reads {FORMAT}")
-        networks: dict[str, Any] = {}
-        for name, settings in description["networks"].items():
-            networks[name] = load_network(NETWORKS[name](**settings), folder / name)
+        networks: dict[str, Any] = {
+            name: NETWORKS[name].from_pretrained(folder / name) for name in description["networks"]
+        }
         return cls(
             codec=TextCodec.from_pretrained(folder / "tokenizer"),
             latent_process=LatentProcess.from_dict(description["latent_process"]),
             **networks,
         )
-
-
-def save_network(network: Network, folder: Path) -> None:
-    """Weights as `model.safetensors`; LoRA adapters beside them in peft's own layout, in `adapter/`."""
-    folder.mkdir(exist_ok=True)
-    if not isinstance(network, Demasker) or network.lora is None:
-        save_model(network, str(folder / "model.safetensors"))
-        return
-    from peft import LoraConfig, get_peft_model_state_dict
-
-    weights = {name: value.contiguous() for name, value in network.state_dict().items() if ".lora_" not in name}
-    save_file(weights, str(folder / "model.safetensors"))
-    (folder / "adapter").mkdir(exist_ok=True)
-    adapter = {
-        f"base_model.model.{name}": value.contiguous()
-        for name, value in get_peft_model_state_dict(network.network).items()
-    }
-    save_file(adapter, str(folder / "adapter" / "adapter_model.safetensors"))
-    LoraConfig(**network.lora).save_pretrained(str(folder / "adapter"))
-
-
-def load_network(network: Network, folder: Path) -> Network:
-    """Reads what `save_network` wrote into a network of the same settings, and returns it.
-
-    Raises:
-        ValueError: if tensors are missing or left over, with their names.
-    """
-    if not isinstance(network, Demasker) or network.lora is None:
-        load_model(network, str(folder / "model.safetensors"))
-        return network
-    from peft import set_peft_model_state_dict
-
-    adapter = load_file(str(folder / "adapter" / "adapter_model.safetensors"))
-    set_peft_model_state_dict(network.network, {k.removeprefix("base_model.model."): v for k, v in adapter.items()})
-    missing, unexpected = network.load_state_dict(load_file(str(folder / "model.safetensors")), strict=False)
-    missing = [name for name in missing if ".lora_" not in name]
-    if missing or unexpected:
-        raise ValueError(f"{folder} does not fit its settings: missing {missing}, left over {unexpected}")
-    return network
 
 
 def batches(prompt_ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

@@ -5,12 +5,13 @@ import re
 import warnings
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from crocodil.data.block_datamodule import BlockDataModule
-from crocodil.modules import CrocodilModule
+from crocodil.modules import CrocodilModule, ShardedStrategy
 from crocodil.modules.checkpoints import read_checkpoint
 from crocodil.output import check_writable
 
@@ -77,10 +78,24 @@ class CrocodilCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuses an unfit `--ckpt_path` before any work is done."""
         super().parse_arguments(parser, args)
-        options = self.config[self.config.subcommand]
-        if options.ckpt_path not in (None, "best", "last", "hpc"):
-            module, _, name = options.model.class_path.rpartition(".")
-            read_checkpoint(options.ckpt_path, getattr(import_module(module), name).stage)
+        if path := self._ckpt_path():
+            module, _, name = self.config[self.config.subcommand].model.class_path.rpartition(".")
+            read_checkpoint(path, getattr(import_module(module), name).stage)
+
+    def _ckpt_path(self) -> Path | None:
+        given = self.config[self.config.subcommand].ckpt_path
+        return None if given in (None, "best", "last", "hpc") else Path(given)
+
+    def instantiate_classes(self) -> None:
+        """Refuses a `--ckpt_path` that the Trainer's strategy cannot read."""
+        super().instantiate_classes()
+        path = self._ckpt_path()
+        if path and path.is_dir() != isinstance(self.trainer.strategy, ShardedStrategy):
+            kinds = ("sharded", "with") if path.is_dir() else ("whole", "without")
+            raise ValueError(
+                f"{path} is a {kinds[0]} checkpoint: go on from it {kinds[1]} --trainer.strategy=fsdp2; "
+                "`crocodil export` and later stages take either kind"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Refuses an unwritable output folder before any work is done."""
@@ -97,11 +112,12 @@ def load_callback_plugins() -> None:
             warnings.warn(f"the callback {entry.name} ({entry.value}) cannot be imported: {error}", stacklevel=2)
 
 
-def run_trainer(arguments: list[str]) -> CrocodilCLI:
+def run_trainer(arguments: list[str], cli: type[CrocodilCLI] = CrocodilCLI) -> CrocodilCLI:
     """Runs `fit`, `validate`, `test` or `predict` in this process.
 
     Args:
         arguments: the command and its options, as on the command line.
+        cli: what carries them out.
 
     Raises:
         ValueError: if the options or the files they name are wrong.
@@ -110,6 +126,6 @@ def run_trainer(arguments: list[str]) -> CrocodilCLI:
     for message in HARMLESS:
         warnings.filterwarnings("ignore", message=message)
     try:
-        return CrocodilCLI(arguments)
+        return cli(arguments)
     except ValueError as error:  # a ValueError of a constructor comes back wrapped
         raise ValueError(one_sentence(str(error))) from error

@@ -1,5 +1,6 @@
 """Tiny real networks and toy models with known answers, shared by the tests."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -230,6 +231,67 @@ def tiny_pipeline(tiny_system: TinySystem):
     from crocodil.commands import build_pipeline
 
     return build_pipeline(*(str(tiny_system.checkpoint(stage)) for stage in ("autoencoder", "prior", "demasker")))
+
+
+LLADA_NAMES = {
+    "model.layers.": "model.transformer.blocks.",
+    "self_attn.o_proj": "attn_out",
+    "self_attn.": "",
+    "mlp.gate_proj": "ff_proj",
+    "mlp.up_proj": "up_proj",
+    "mlp.down_proj": "ff_out",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ff_norm",
+    "model.embed_tokens": "model.transformer.wte",
+    "model.norm": "model.transformer.ln_f",
+    "lm_head": "model.transformer.ff_out",
+}
+"""From the names of Llama in transformers to those of LLaDA's checkpoints."""
+
+
+@pytest.fixture(scope="session")
+def tiny_llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in LLaDA's published format, with a byte-level tokenizer that knows no mask; do not change it."""
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llada")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"])
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(str(folder))
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = LlamaForCausalLM(LlamaConfig(vocab_size=272, **sizes, bos_token_id=None, eos_token_id=None))
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        for theirs, ours in LLADA_NAMES.items():
+            name = name.replace(theirs, ours)
+        tensors[name] = tensor
+    save_file(tensors, str(folder / "model.safetensors"))
+    config = {
+        "model_type": "llada",
+        "d_model": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 4,
+        "mlp_hidden_size": 128,
+        "vocab_size": 272,
+        "embedding_size": 272,
+        "max_sequence_length": 64,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "weight_tying": False,
+        "mask_token_id": 258,
+        "eos_token_id": 257,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from crocodil.data.cache import cache_key, cached_folder
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import SourceFile, Split
 from crocodil.data.vocabulary import Vocabulary
+from crocodil.ranks import rank_and_size
 
 SUMMARY_FILE = "summary.json"
 
@@ -30,7 +31,7 @@ class BlockDataModule(LightningDataModule, ABC):
 
     Args:
         length: tokens in a block, BOS and EOS included.
-        batch_size: blocks in a batch.
+        batch_size: blocks in a batch of each process.
         cache_dir: folder of prepared corpora; None for `$XDG_CACHE_HOME/crocodil` or `~/.cache/crocodil`.
         num_workers: processes that read batches; 0 reads them in the main process, which is fast enough.
         seed: seed of the shuffle.
@@ -118,9 +119,9 @@ class BlockDataModule(LightningDataModule, ABC):
         return torch.from_numpy(self._array(split).astype(np.int64))
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled batches of the training split, all of `batch_size` blocks."""
+        """Shuffled batches of the training split, all of `batch_size` blocks; each process has its own."""
         dataset = BlockDataset(self._array("train"))
-        return self._loader(dataset, ResumableLoader, sampler=EpochShuffle(len(dataset), self.seed), drop_last=True)
+        return self._loader(dataset, ResumableLoader, sampler=EpochShuffle(dataset, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the validation split, in order."""
@@ -149,7 +150,7 @@ class BlockDataModule(LightningDataModule, ABC):
     def _array(self, split: Split) -> np.ndarray:
         folder = self._prepared_folder()
         array = np.load(folder / f"{split}.npy", mmap_mode="r")
-        least = self.batch_size if split == "train" else 1
+        least = self.batch_size * rank_and_size()[1] if split == "train" else 1
         if len(array) < least:
             counts = json.loads((folder / SUMMARY_FILE).read_text())
             raise ValueError(

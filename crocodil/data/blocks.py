@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from crocodil.ranks import rank_and_size
 
 
 class BlockDataset(Dataset[Tensor]):
@@ -31,32 +33,24 @@ class BlockDataset(Dataset[Tensor]):
         return {"token_ids": torch.from_numpy(self.array[np.asarray(indices)].astype(np.int64))}
 
 
-class EpochShuffle(Sampler[int]):
+class EpochShuffle(DistributedSampler[int]):
     """A fresh permutation for each epoch, a function of (seed, epoch) alone.
 
+    It is dealt out in turn to the processes of the run, so that N of them read together what one would with batches
+    N times as large.
+
     Args:
-        size: number of items.
+        dataset: whose items are shuffled.
         seed: at least 0.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size = size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch; the Trainer of Lightning calls this before each one.
-
-        Args:
-            epoch: number of the epoch, from 0.
-        """
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
+    def __init__(self, dataset: BlockDataset, seed: int) -> None:
+        rank, size = rank_and_size()
+        super().__init__(dataset, size, rank, seed=seed, drop_last=True)
 
     def __iter__(self) -> Iterator[int]:
-        yield from np.random.default_rng((self.seed, self.epoch)).permutation(self.size).tolist()
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.dataset))  # type: ignore[arg-type]
+        yield from order[self.rank : self.total_size : self.num_replicas].tolist()
 
 
 class ResumableLoader(DataLoader[Tensor]):

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast, get_args
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +15,9 @@ from crocodil.data.vocabulary import Vocabulary
 
 TextFormat = Literal["plain", "canonical"]
 CODEC_FILE = "codec.json"
+NEW_MASK = "<|mask|>"
+TURN_START = "<|im_start|>"
+"""What starts a text where a tokenizer names no start token (Qwen)."""
 EOS, BOS, MASK, UNK = canonical_text.SPECIAL_TOKENS
 
 
@@ -45,6 +49,35 @@ class TextCodec:
         tokenizer = Tokenizer(models.WordLevel(token_ids, unk_token=UNK))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return cls(_wrapped(tokenizer), "canonical")
+
+    @classmethod
+    def published(cls, path_or_id: str, family: str | None = None) -> "TextCodec":
+        """The codec of a published checkpoint: its own tokenizer, with the mask token that its configuration names.
+
+        Args:
+            path_or_id: folder of the checkpoint, or id of a repository of the Hugging Face hub.
+            family: one of `crocodil.models.backbone.FAMILIES`; None tells it from `config.json`.
+
+        Raises:
+            ValueError: if there is no checkpoint, no tokenizer, or no token that can start a text.
+        """
+        from crocodil.models.pretrained import Checkpoint, Pretrained  # only published checkpoints need the networks
+
+        checkpoint = Checkpoint.open(Pretrained(path_or_id, family))
+        try:
+            tokenizer = getattr(transformers, checkpoint.record.tokenizer).from_pretrained(str(checkpoint.folder))
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"expected a tokenizer in {checkpoint.folder}, but none can be read: {reason}") from error
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(checkpoint.eos_token_id)
+        _name_mask(tokenizer, checkpoint.mask_token_id)
+        if tokenizer.bos_token is None:
+            if TURN_START not in tokenizer.get_vocab():
+                raise ValueError(
+                    f"the tokenizer in {checkpoint.folder} must have a bos_token, got none: name one there"
+                )
+            tokenizer.bos_token = TURN_START
+        return cls(tokenizer)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -134,6 +167,16 @@ class TextCodec:
         names = ("bos_token", "eos_token", "pad_token", "mask_token", "unk_token")
         tokens = {name: getattr(self.tokenizer, name) for name in names}
         return {name: token for name, token in tokens.items() if token is not None}
+
+
+def _name_mask(tokenizer: PreTrainedTokenizerFast, mask_token_id: int) -> None:
+    """Makes the token of that id, a new one behind the vocabulary if need be, the tokenizer's mask."""
+    known = tokenizer.convert_ids_to_tokens(mask_token_id) if mask_token_id < len(tokenizer) else None
+    tokenizer.add_special_tokens({"mask_token": NEW_MASK if known is None else known})
+    if tokenizer.mask_token_id != mask_token_id:
+        raise ValueError(
+            f"the mask token must have the id {mask_token_id}, but a new one gets {tokenizer.mask_token_id}"
+        )
 
 
 def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> TextCodec:

@@ -110,7 +110,7 @@ class CanonicalFunctions(BlockDataModule):
 
 
 class SourceText(BlockDataModule):
-    """Source text in byte-level BPE: each file is BOS and its tokens, cut into consecutive blocks.
+    """Source text in byte-level BPE, or in the tokens of a published checkpoint, cut into consecutive blocks.
 
     The tail of a file's last block is filled with EOS.
 
@@ -120,6 +120,8 @@ class SourceText(BlockDataModule):
         folder: folder to read; None for the standard library.
         pattern: glob pattern of the files below `folder`.
         vocab_size: token types, special ones included, at least 260; learned from the training split alone.
+        tokenizer: folder or hub id of a published checkpoint whose tokenizer is used instead of learning one.
+        family: of that checkpoint; None tells it from its `config.json`.
         cache_dir: folder of prepared corpora; None for `$XDG_CACHE_HOME/crocodil` or `~/.cache/crocodil`.
         num_workers: processes that read batches.
         seed: seed of the shuffle.
@@ -135,6 +137,8 @@ class SourceText(BlockDataModule):
         folder: str | None = None,
         pattern: str = "**/*.py",
         vocab_size: int = 2048,
+        tokenizer: str | None = None,
+        family: str | None = None,
         cache_dir: str | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -144,18 +148,23 @@ class SourceText(BlockDataModule):
         self.folder = folder
         self.pattern = pattern
         self.vocab_size = vocab_size
+        self.published = None if tokenizer is None else TextCodec.published(tokenizer, family)
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Size as asked for, and the special ids that all our tokenizers share."""
+        """That of the published tokenizer, or the size as asked for and the special ids that all of ours share."""
+        if self.published is not None:
+            return self.published.vocabulary
         return Vocabulary(self.vocab_size, EOS_ID, BOS_ID, EOS_ID, MASK_ID)
 
     @cached_property
     def codec(self) -> TextCodec:  # type: ignore[override]
-        """The byte-level BPE of this corpus."""
-        return TextCodec.from_pretrained(self._prepared_folder() / "codec")
+        """The published tokenizer, or the byte-level BPE of this corpus."""
+        return self.published or TextCodec.from_pretrained(self._prepared_folder() / "codec")
 
     def _configuration(self) -> dict[str, Any]:
+        if self.published is not None:
+            return {"length": self.length, **self.published.to_state()}
         return {"length": self.length, "vocab_size": self.vocab_size}
 
     def _source_files(self) -> list[SourceFile]:
@@ -168,15 +177,15 @@ class SourceText(BlockDataModule):
             text = read_text(file.path, skipped)
             if text is not None:
                 texts[split_of(file.name)][text] = None
-        codec = byte_level_bpe(texts["train"], self.vocab_size)
-        if codec.vocabulary.size < self.vocab_size:
+        codec = self.published or byte_level_bpe(texts["train"], self.vocab_size)
+        if self.published is None and codec.vocabulary.size < self.vocab_size:
             raise ValueError(
                 f"the training files must hold enough text for vocab_size {self.vocab_size}, got {len(texts['train'])} "
                 f"files that give {codec.vocabulary.size}: give more files or a smaller vocab_size."
             )
         codec.save_pretrained(folder / "codec")
         found = {split: [row for text in part for row in self._rows(codec, text)] for split, part in texts.items()}
-        counts = _save_splits(folder, distinct_by_split(found), self.length)
+        counts = _save_splits(folder, distinct_by_split(found), self.length, self.vocabulary.eos_token_id)
         num_blocks = sum(map(len, found.values()))
         return {
             "files": len(files),
@@ -187,14 +196,16 @@ class SourceText(BlockDataModule):
         }
 
     def _rows(self, codec: TextCodec, text: str) -> list[tuple[int, ...]]:
-        token_ids = [BOS_ID, *codec.encode(text)]
+        token_ids = [self.vocabulary.bos_token_id, *codec.encode(text)]
         return [tuple(token_ids[start : start + self.length]) for start in range(0, len(token_ids), self.length)]
 
 
-def _save_splits(folder: Path, splits: Mapping[Split, Sequence[Sequence[int]]], length: int) -> dict[str, int]:
+def _save_splits(
+    folder: Path, splits: Mapping[Split, Sequence[Sequence[int]]], length: int, eos_token_id: int = EOS_ID
+) -> dict[str, int]:
     """Writes the rows of each split as one (N, length) array, filled up with EOS; returns the numbers of rows."""
     for split, rows in splits.items():
-        blocks = np.full((len(rows), length), EOS_ID, dtype=np.int32)
+        blocks = np.full((len(rows), length), eos_token_id, dtype=np.int32)
         for block, row in zip(blocks, rows, strict=True):
             block[: len(row)] = row
         np.save(folder / f"{split}.npy", blocks)

@@ -21,6 +21,10 @@ class MaskingPoint:
     alpha_t: Tensor
     d_alpha_t: Tensor
 
+    def to(self, device: torch.device) -> "MaskingPoint":
+        """The same on another device."""
+        return MaskingPoint(self.alpha_t.to(device), self.d_alpha_t.to(device))
+
     @property
     def mask_prob(self) -> Tensor:
         """1 - alpha_t."""
@@ -58,17 +62,18 @@ class CosineMasking:
 MaskingSchedule = LinearMasking | CosineMasking
 
 
-def stratified_times(uniform: Tensor) -> Tensor:
-    """One time for each row, uniform on (0, 1), spread evenly over the batch for a lower variance of the loss.
+def stratified_times(offset: Tensor, index: Tensor, size: int | Tensor) -> Tensor:
+    """One time for each row, uniform on [0, 1), spread evenly over the batch for a lower variance of the loss.
 
     Args:
-        uniform: (B,) float in (0, 1); only the first number is used.
+        offset: float scalar u in (0, 1), drawn once for the whole batch.
+        index: (B,) places of these rows in the whole batch.
+        size: N, the rows of the whole batch; or (B,), where the batch is stratified in parts.
 
     Returns:
-        (B,) float32: (u + i / B) mod 1, so that each of B equal bins holds one time.
+        (B,) float32: (u + index / N) mod 1, so that each of N equal bins holds one time.
     """
-    batch = uniform.shape[0]
-    return ((uniform[0] + torch.arange(batch, device=uniform.device) / batch) % 1.0).float()
+    return ((offset + index.double() / size) % 1.0).float()
 
 
 def corrupt(token_ids: Tensor, mask_prob: Tensor, uniform: Tensor, mask_token_id: int) -> tuple[Tensor, Tensor]:
@@ -100,29 +105,33 @@ def posterior(mask_prob_t: Tensor, mask_prob_s: Tensor) -> Tensor:
     return 1 - mask_prob_s / mask_prob_t
 
 
-def masked_cross_entropy(
-    logits: Tensor, token_ids: Tensor, is_masked: Tensor, point: MaskingPoint, weight: LossWeight
-) -> Tensor:
-    """The training loss of a demasker.
+def loss_weights(is_masked: Tensor, point: MaskingPoint, weight: LossWeight) -> Tensor:
+    """The weights (B, L) with which -log f(x_0 | x_t) is summed to the training loss of a demasker.
 
     "elbo": E_t [ w_t sum over masked positions of -log f(x_0 | x_t) ] / L with w_t = -alpha'_t / (1 - alpha_t), an
     upper bound on the negative log-likelihood per token (LLaDA eq. 3 for the linear schedule). "none": the mean
     cross-entropy over masked positions (DiLaDiff), of lower variance.
 
     Args:
-        logits: (B, L, V) float.
-        token_ids: (B, L) int64, x_0.
         is_masked: (B, L) bool.
         point: the masking schedule at the (B,) times of the rows.
         weight: "elbo" or "none".
-
-    Returns:
-        A scalar, in nats per token ("elbo") or per masked token ("none").
     """
-    losses = token_cross_entropy(logits, token_ids) * is_masked
     if weight == "elbo":
-        return (losses.sum(1) * point.elbo_weight).mean() / token_ids.shape[1]
-    return losses.sum() / is_masked.sum().clamp(min=1)
+        return is_masked * point.elbo_weight[:, None] / is_masked.numel()
+    return is_masked.float() / is_masked.sum().clamp(min=1)  # never in a half-precision default
+
+
+def masked_cross_entropy(nats: Tensor, is_masked: Tensor, point: MaskingPoint, weight: LossWeight) -> Tensor:
+    """The loss of a demasker from its cross-entropies (B, L): a scalar, in nats per token or per masked token.
+
+    Args:
+        nats: (B, L) float, -log f(x_0 | x_t); what stands at unmasked positions does not count.
+        is_masked: see `loss_weights`.
+        point: likewise.
+        weight: likewise.
+    """
+    return (nats * loss_weights(is_masked, point, weight)).sum()
 
 
 def token_cross_entropy(logits: Tensor, token_ids: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Counter-based random numbers: a value depends on its own keys, never on the batch it travels in."""
 
 import math
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +37,12 @@ class RowNoise:
     def __init__(self, seeds: Tensor) -> None:
         self.keys = mix(mix(seeds.long()) + _GOLDEN)
 
+    def to(self, device: torch.device) -> Self:
+        """The same noise, drawn on another device."""
+        moved = copy(self)
+        moved.keys = self.keys.to(device, non_blocking=True)
+        return moved
+
     @classmethod
     def from_generator(cls, generator: torch.Generator | None, batch_size: int, device: torch.device) -> "RowNoise":
         """Draws one seed a row from `generator`, or from torch's global generator if None."""
@@ -56,6 +64,32 @@ class RowNoise:
         u, v = self.uniform(stream, step, 2 * size).chunk(2, dim=1)
         values = (-2 * u.log()).sqrt() * (2 * math.pi * v).cos()
         return values.float().view(-1, *shape)
+
+
+class BatchNoise(RowNoise):
+    """The noise of a batch whose rows may be spread over processes: keyed by their places in the whole batch.
+
+    Args:
+        seed: int64 scalar, of the batch.
+        rows: (B,) int64, places of these rows in the whole batch.
+        num_rows: rows of the whole batch.
+    """
+
+    def __init__(self, seed: Tensor, rows: Tensor, num_rows: int) -> None:
+        super().__init__(seed + rows)
+        self.rows = rows
+        self.num_rows = num_rows
+        self._first = RowNoise(seed[None])
+
+    def to(self, device: torch.device) -> Self:
+        """The same noise, drawn on another device."""
+        moved = super().to(device)
+        moved.rows, moved._first = self.rows.to(device, non_blocking=True), self._first.to(device)
+        return moved
+
+    def shared(self, stream: int, step: int) -> Tensor:
+        """One number for the whole batch, that of its first row: a float64 scalar, uniform on (0, 1)."""
+        return self._first.uniform(stream, step, 1)[0, 0]
 
 
 def _wrap(value: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,6 +45,8 @@ def count_flops(network: nn.Module, *args: Tensor, **kwargs: Tensor) -> int:
         args: its inputs; only their shapes and dtypes matter.
         kwargs: likewise.
     """
+    if isinstance(network, FSDPModule) or any(hasattr(module, "quantized_shape") for module in network.modules()):
+        network = plain_twin(network)
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     weights = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -51,6 +54,14 @@ def count_flops(network: nn.Module, *args: Tensor, **kwargs: Tensor) -> int:
             network, weights, tuple(a.to("meta") for a in args), {name: a.to("meta") for name, a in kwargs.items()}
         )
     return counter.get_total_flops()
+
+
+def plain_twin(network: nn.Module) -> nn.Module:
+    """The same network without weights, to count what packed or sharded weights compute once they are unpacked."""
+    config = network.to_config()  # type: ignore[operator]
+    config |= dict.fromkeys(config.keys() & {"pretrained", "lora"})
+    with torch.device("meta"):
+        return type(network)(**config)
 
 
 def network_flops(

@@ -34,11 +34,12 @@ class Comparison:
     """Everything a report shows.
 
     Args:
-        rows: One dict per setting and seed: `algorithm` (a key of `NAMES`), `remasking` (str or None),
-            `temperature` (float or None), `num_steps`, `demasker_calls`, `prior_calls`, `encoder_calls`, `nfe` (all of
-            them in demasker calls), `seconds_per_sample`, `judge_nll` (nats per token), `entropy` (of the tokens
-            within a text, through its first end token, averaged over texts, in nats), `distance`, `parse_rate`
-            and `unique_rate` (0 to 1), `seed`. A number that could not be measured is NaN or None.
+        rows: One dict per setting and seed: `algorithm` (a key of `NAMES`), `remasking` (str or None), `temperature`
+            (float or None), `num_registers` (how many the demasker reads; None for all), `num_steps`,
+            `demasker_calls`, `prior_calls`, `encoder_calls`, `nfe` (all of them in demasker calls),
+            `seconds_per_sample`, `judge_nll` (nats per token), `entropy` (of the tokens within a text, through its
+            first end token, averaged over texts, in nats), `distance`, `parse_rate` and `unique_rate` (0 to 1),
+            `seed`. A number that could not be measured is NaN or None.
         curves: Stage name to its points, dicts of `step`, `train_loss`, `val_loss` and any further validation metric.
         latent_use: Dicts of `mask_ratio` (0 to 1), `with_latents`, `without_latents` and optionally `base`, the model
             without latents (nats per masked token).
@@ -71,9 +72,10 @@ def _cells(row: Row) -> list[str]:
         calls = "/".join(MISSING if math.isnan(row[key]) else f"{row[key]:g}" for key in CALLS)
         cost = [calls, number(row["nfe"], 1), milliseconds(row)]
     temperature = "" if row["temperature"] is None else f"{row['temperature']:g}"
+    registers = "" if row["num_registers"] is None else f" k={row['num_registers']}"
     return [
         NAMES[row["algorithm"]],
-        (row["remasking"] or "").replace("_", " "),
+        (row["remasking"] or "").replace("_", " ") + registers,
         temperature,
         *cost,
         spread(row, "judge_nll"),

@@ -1,7 +1,7 @@
 """Who wins at equal demasker calls: means over seeds, their comparison, and the same in words.
 
-The numbers of a setting (algorithm, remasking, temperature, number of steps) are means and sample standard deviations
-over seeds. A mean with a missing part is missing: it is shown as a dash and wins no comparison.
+The numbers of a setting (algorithm, remasking, temperature, registers read, number of steps) are means and sample
+standard deviations over seeds. A mean with a missing part is missing: it is shown as a dash and wins no comparison.
 """
 
 import math
@@ -26,7 +26,7 @@ NAMES = {
     "oracle": "Oracle",
 }
 MISSING = "\N{EN DASH}"
-SETTING = ("algorithm", "remasking", "temperature", "num_steps")
+SETTING = ("algorithm", "remasking", "temperature", "num_registers", "num_steps")
 CALLS = ("demasker_calls", "prior_calls", "encoder_calls")
 MEASURES = (*CALLS, "nfe", "seconds_per_sample", "judge_nll", "entropy", "distance", "parse_rate", "unique_rate")
 
@@ -45,7 +45,7 @@ def summarise(rows: list[Row]) -> list[Row]:
         rows: Rows as in `report.Comparison`.
 
     Returns:
-        One dict per setting: `algorithm`, `remasking`, `temperature`, `num_steps`, `num_seeds`, and each measure `m` as
+        One dict per setting: the entries of `SETTING`, `num_seeds`, and each measure `m` as
         `m` (mean) and `m_std` (NaN for a single seed). Order: data, base, conthendisc, conwithindisc, oracle, each by
         descending steps.
 
@@ -66,12 +66,13 @@ def summarise(rows: list[Row]) -> list[Row]:
             item[measure], item[f"{measure}_std"] = _mean_and_std([row.get(measure) for row in members])
         summary.append(item)
 
-    def place(row: Row) -> tuple[int, int, str, float]:
+    def place(row: Row) -> tuple[int, int, str, float, float]:
         return (
             list(NAMES).index(row["algorithm"]),
             -row["num_steps"],
             row["remasking"] or "",
             -(row["temperature"] or 0),
+            row["num_registers"] or math.inf,
         )
 
     return sorted(summary, key=place)
@@ -174,7 +175,8 @@ def milliseconds(row: Row) -> str:
 
 def _setting(row: Row) -> str:
     order = (row["remasking"] or "unknown").replace("_", " ")
-    return f"{order} order" + (f", T = {row['temperature']:g}" if row["temperature"] is not None else "")
+    registers = f", first {row['num_registers']} registers" if row["num_registers"] is not None else ""
+    return f"{order} order{registers}" + (f", T = {row['temperature']:g}" if row["temperature"] is not None else "")
 
 
 def _ratio(row: Row, other: Row, measure: str) -> str:

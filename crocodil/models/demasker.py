@@ -1,16 +1,19 @@
 """f_theta(x_t, z): the demasker, a bidirectional decoder that reads registers as a prefix."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from crocodil.models.backbone import add_register_axis, join_masks, network_config, positions_with_registers
-
-BLOCK_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear maps inside the blocks of Llama, Qwen2 and Qwen3; the head is not among them."""
+from crocodil.diffusion.cross_entropy import chunked_nats, weighted_cross_entropy
+from crocodil.models.attention import add_register_gates
+from crocodil.models.backbone import FAMILIES, network_config
+from crocodil.models.folders import is_own, load_network, save_network
+from crocodil.models.positions import add_register_axis, join_masks, positions_with_registers, text_positions
+from crocodil.models.pretrained import Checkpoint, Pretrained, build_empty, load_weights
 
 
 class Demasker(nn.Module):
@@ -20,47 +23,70 @@ class Demasker(nn.Module):
     axis of their own (`TwoAxisRotary`). Without latents the network is the plain masked-diffusion model.
 
     Args:
-        network: settings of a transformers decoder (`model_type`, `hidden_size`, ..., `vocab_size`).
+        network: settings of a transformers decoder (`model_type`, `hidden_size`, ..., `vocab_size`), or a decoder.
         mask_token_id: id of the mask token.
         eos_token_id: id of the end token, which also fills the tail of a block.
+        family: the record of `FAMILIES` whose conventions hold (shifted logits, float32 rotation, padding).
         latent_dim: D, the width of a register; None builds a plain masked-diffusion model.
         num_registers: K, the largest number of registers; goes with `latent_dim`.
         register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
+        register_gates: registers are heard through gates that start at zero (`register_attention`), so that adding
+            them leaves a pretrained network as it is.
         lora: settings of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None trains all weights.
+        pretrained: where `network` came from; it is kept with the adapters instead of the frozen weights.
 
     Raises:
         ValueError: if the settings do not describe a rotary decoder.
     """
 
+    forward_methods: ClassVar[tuple[str, ...]] = ("weighted_loss", "nats")
+    """Methods beside `forward` that use the weights."""
+
     def __init__(
         self,
-        network: Mapping[str, Any] | PretrainedConfig,
+        network: Mapping[str, Any] | PretrainedConfig | PreTrainedModel,
         *,
         mask_token_id: int,
         eos_token_id: int,
+        family: str = "decoder",
         latent_dim: int | None = None,
         num_registers: int | None = None,
         register_spacing: float = 0.0,
+        register_gates: bool = False,
         lora: Mapping[str, Any] | None = None,
+        pretrained: Pretrained | None = None,
     ) -> None:
         super().__init__()
-        config = network_config(network)
-        self.network = AutoModelForCausalLM.from_config(config)
-        if not add_register_axis(self.network.get_decoder()):
-            raise ValueError(f"a demasker needs rotary positions, but a {config.model_type} network has none")
+        if isinstance(network, PreTrainedModel):
+            self.network: PreTrainedModel = network
+        else:
+            self.network = AutoModelForCausalLM.from_config(network_config(network))
+        self.family = family
+        self.conventions = FAMILIES[family]
+        if not add_register_axis(self.decoder, full_precision=self.conventions.rotary_float32):
+            raise ValueError(
+                f"a demasker needs rotary positions, but a {self.network.config.model_type} network has none"
+            )
         self.mask_token_id = mask_token_id
         self.eos_token_id = eos_token_id
+        self.pretrained = pretrained
         self.latent_dim: int | None = None
         self.num_registers: int | None = None
         self.register_spacing = register_spacing
+        self.register_gates = False
         self.register_proj: nn.Linear | None = None
         if latent_dim is not None and num_registers is not None:
-            self.with_latents(latent_dim, num_registers, register_spacing)
+            self.with_latents(latent_dim, num_registers, register_spacing, register_gates)
         elif latent_dim is not None or num_registers is not None:
             raise ValueError(f"latent_dim and num_registers go together, got {latent_dim} and {num_registers}")
         self.lora: dict[str, Any] | None = None
         if lora is not None:
             self.with_lora(lora)
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The network without its head."""
+        return self.network.get_decoder()
 
     @property
     def vocab_size(self) -> int:
@@ -97,6 +123,71 @@ class Demasker(nn.Module):
         Raises:
             ValueError: if the text is longer than the network allows or the latents do not fit it.
         """
+        states = self._states(token_ids, latents, attention_mask, latent_mask)
+        if positions is not None:
+            states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+        return self.network.get_output_embeddings()(states)
+
+    def weighted_loss(
+        self,
+        noisy_ids: Tensor,
+        token_ids: Tensor,
+        weights: Tensor,
+        latents: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+    ) -> Tensor:
+        """sum_i w_i (-log f(x_0^i | x_t, z)), with logits at positions of nonzero weight only, some rows at a time.
+
+        Args:
+            noisy_ids: (B, L) int64, x_t.
+            token_ids: (B, L) int64, x_0.
+            weights: (B, L) float32, zero where nothing is masked (`loss_weights`). On the CPU it costs a GPU no wait.
+            latents: see `forward`.
+            latent_mask: see `forward`.
+
+        Returns:
+            A scalar.
+        """
+        states = self._states(noisy_ids, latents, None, latent_mask)
+        device = states.device
+        rows = weights.flatten().nonzero().squeeze(1)
+        row_weights = weights.flatten()[rows].to(device, non_blocking=True)
+        rows = rows.to(device, non_blocking=True)
+        head = self.network.get_output_embeddings()
+        return weighted_cross_entropy(
+            states.flatten(0, 1)[rows], head.weight, token_ids.flatten()[rows], row_weights, head.bias
+        )
+
+    @torch.no_grad()
+    def nats(
+        self, noisy_ids: Tensor, token_ids: Tensor, is_masked: Tensor, latents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """-log f(x_0^i | x_t, z) at masked positions and zero elsewhere, (B, L), and where x_0 is the first choice.
+
+        Args:
+            noisy_ids: (B, L) int64, x_t.
+            token_ids: (B, L) int64, x_0.
+            is_masked: (B, L) bool.
+            latents: see `forward`.
+        """
+        states = self._states(noisy_ids, latents)
+        rows = is_masked.flatten().nonzero().squeeze(1).to(states.device)
+        head = self.network.get_output_embeddings()
+        nats, hits = chunked_nats(states.flatten(0, 1)[rows], head.weight, token_ids.flatten()[rows], head.bias)
+        shape = token_ids.shape
+        all_nats = nats.new_zeros(shape.numel()).index_copy(0, rows, nats)
+        return all_nats.view(shape), torch.zeros_like(token_ids, dtype=torch.bool).flatten().index_copy(
+            0, rows, hits
+        ).view(shape)
+
+    def _states(
+        self,
+        token_ids: Tensor,
+        latents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        latent_mask: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads at each text position, (B, L, H)."""
         batch, length = token_ids.shape
         if length > self.max_length:
             raise ValueError(f"the demasker reads at most {self.max_length} tokens, got {length}")
@@ -106,15 +197,17 @@ class Demasker(nn.Module):
             embeddings = torch.cat([self._registers(latents).to(embeddings.dtype), embeddings], dim=1)
             num_registers = latents.shape[1]
             latent_mask = None if latent_mask is None else latent_mask.flip(1)
-        hidden = self.network.get_decoder()(
+        unpadded = attention_mask if self.conventions.skip_padding else None
+        states = self.decoder(
             inputs_embeds=embeddings,
             attention_mask=join_masks(latent_mask, attention_mask, batch, (num_registers, length)),
-            position_ids=positions_with_registers(num_registers, length, token_ids.device),
+            position_ids=positions_with_registers(num_registers, text_positions(length, token_ids.device, unpadded)),
             use_cache=False,
+            num_registers=num_registers,
         ).last_hidden_state[:, num_registers:]
-        if positions is not None:
-            hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        return self.network.get_output_embeddings()(hidden)
+        if self.conventions.shift_logits:  # position i is told at i - 1; the first keeps its own
+            states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        return states
 
     def _registers(self, latents: Tensor) -> Tensor:
         """Latents (B, K, D) as embeddings (B, K, H), the last register first.
@@ -130,19 +223,27 @@ class Demasker(nn.Module):
         projected = self.register_proj(latents.to(self.register_proj.weight.dtype))
         return (projected + self.register_embedding[: shape[1]]).flip(1)
 
-    def with_latents(self, latent_dim: int, num_registers: int, register_spacing: float = 0.0) -> "Demasker":
-        """Adds the register path to a plain masked-diffusion model, in place, and returns it."""
-        weight = self.network.get_input_embeddings().weight
+    def with_latents(
+        self, latent_dim: int, num_registers: int, register_spacing: float = 0.0, register_gates: bool = False
+    ) -> "Demasker":
+        """Adds the register path to a plain masked-diffusion model, in place, and returns it; see the constructor."""
+        weight = next(self.network.get_input_embeddings().parameters())
         width = self.network.config.hidden_size
+        device = torch.device("cpu") if weight.is_meta else weight.device
         self.latent_dim, self.num_registers, self.register_spacing = latent_dim, num_registers, register_spacing
-        self.network.get_decoder().rotary_emb.register_spacing = register_spacing
-        self.register_proj = nn.Linear(latent_dim, width).to(weight.device, weight.dtype)
-        self.register_embedding = nn.Parameter(weight.new_empty(num_registers, width))
+        self.decoder.rotary_emb.register_spacing = register_spacing  # type: ignore[union-attr]
+        # New parts are float32 (or wider) beside half-precision weights: their steps are too small for bfloat16.
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.register_proj = nn.Linear(latent_dim, width, device=device, dtype=dtype)
+        self.register_embedding = nn.Parameter(torch.empty(num_registers, width, device=device, dtype=dtype))
         nn.init.normal_(self.register_embedding, std=0.2)
+        self.register_gates = register_gates
+        if register_gates:
+            add_register_gates(self.decoder)
         return self
 
     def with_lora(self, settings: Mapping[str, Any]) -> "Demasker":
-        """Freezes the network and adds LoRA adapters (arXiv 2106.09685) to it, in place; the register path stays free.
+        """Freezes the network and adds LoRA adapters to it, in place; the register path stays free.
 
         Args:
             settings: fields of `peft.LoraConfig`; without `target_modules`, all projections inside the blocks, never
@@ -151,24 +252,89 @@ class Demasker(nn.Module):
         Raises:
             ValueError: if a field is unknown or no module matches.
         """
-        from peft import LoraConfig, inject_adapter_in_model  # a slow import, and only adapters need it
+        from crocodil.models.adapters import add_adapter  # a slow import, and only adapters need it
 
-        fields = {"target_modules": list(BLOCK_PROJECTIONS), **settings}
-        if unknown := sorted(fields.keys() - LoraConfig.__dataclass_fields__.keys()):
-            raise ValueError(f"LoRA has no setting {', '.join(unknown)}; see peft.LoraConfig")
-        self.network.requires_grad_(False)
-        inject_adapter_in_model(LoraConfig(**fields), self.network)
-        self.lora = fields
+        add_adapter(self.network, settings)
+        for name, parameter in self.network.named_parameters():
+            if name.endswith("register_gate"):
+                parameter.requires_grad_(True)
+        self.lora = dict(settings)
         return self
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        family: str | None = None,
+        quantization: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        *,
+        empty: bool = False,
+    ) -> "Demasker":
+        """Reads a checkpoint: one of ours, or a published one of a known family. No code of it is run.
+
+        Args:
+            path_or_id: folder with `config.json` and safetensors, or id of a repository of the Hugging Face hub.
+            family: one of `FAMILIES`; None tells it from `config.json`.
+            quantization: "nf4" or "int8" for the linear maps inside the blocks, which are then frozen; None for none.
+            dtype: of the weights, such as "bfloat16"; None keeps the checkpoint's.
+            empty: leave the backbone's weights on the meta device until `load_weights`.
+
+        Raises:
+            ValueError: if the checkpoint is absent, of no known family, or has missing or left-over tensors.
+        """
+        name = str(dtype).removeprefix("torch.") if dtype is not None else None
+        source = Pretrained(str(path_or_id), family, quantization, name)
+        if is_own(path_or_id):
+            demasker = load_network(cls, path_or_id, quantization, source.torch_dtype)
+            demasker.pretrained = source
+            return demasker
+        checkpoint = Checkpoint.open(source)
+        demasker = cls(
+            build_empty(checkpoint, AutoModelForCausalLM),
+            mask_token_id=checkpoint.mask_token_id,
+            eos_token_id=checkpoint.eos_token_id,
+            family=checkpoint.family,
+            pretrained=source,
+        )
+        if not empty:
+            demasker.load_weights()
+        return demasker
+
+    def load_weights(self) -> None:
+        """Loads the weights that `from_pretrained(..., empty=True)` left out, into shards if it is sharded by now."""
+        if self.pretrained is not None:
+            load_weights(self.network, self.pretrained)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json`, safetensors and, with LoRA, `adapter/` in peft's layout; created if absent."""
+        save_network(self, folder)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Demasker":
+        """Builds a demasker from `to_config`, on the weights of its `pretrained` source if it has one."""
+        settings = dict(config)
+        source = settings.pop("pretrained", None)
+        if source is None:
+            return cls(**settings)
+        demasker = cls.from_pretrained(source["path"], source["family"], source["quantization"], source["dtype"])
+        if settings["latent_dim"] is not None:
+            names = ("latent_dim", "num_registers", "register_spacing", "register_gates")
+            demasker.with_latents(*(settings[name] for name in names))
+        return demasker if settings["lora"] is None else demasker.with_lora(settings["lora"])
+
     def to_config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain data."""
+        """The constructor's arguments as plain data; the source of frozen weights among them, if there are any."""
+        config = self.network.config
         return {
-            "network": self.network.config.to_diff_dict() | {"model_type": self.network.config.model_type},
+            "network": config.to_diff_dict() | {"model_type": config.model_type},
             "mask_token_id": self.mask_token_id,
             "eos_token_id": self.eos_token_id,
+            "family": self.family,
             "latent_dim": self.latent_dim,
             "num_registers": self.num_registers,
             "register_spacing": self.register_spacing,
+            "register_gates": self.register_gates,
             "lora": self.lora,
+            "pretrained": self.pretrained.to_dict() if self.pretrained and self.lora else None,
         }

@@ -1,15 +1,20 @@
 """h_phi(x): the encoder, which reads a text into K register vectors."""
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
-from crocodil.models.backbone import add_register_axis, join_masks, network_config, positions_with_registers
+from crocodil.models.backbone import FAMILIES, network_config
+from crocodil.models.folders import is_own, load_network, save_network
+from crocodil.models.positions import add_register_axis, join_masks, positions_with_registers, text_positions
+from crocodil.models.pretrained import Checkpoint, Pretrained, build_empty, load_weights
+from crocodil.ranks import mean_over_ranks
 
 
 class RegisterEncoder(nn.Module):
@@ -21,34 +26,71 @@ class RegisterEncoder(nn.Module):
     1 / sqrt(1 + sigma^2).
 
     Args:
-        network: settings of a transformers encoder or decoder (`model_type`, `hidden_size`, ...).
+        network: settings of a transformers encoder or decoder (`model_type`, `hidden_size`, ...), or such a network.
         num_registers: K, the largest number of registers.
         latent_dim: D, the width of a register.
         register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
+        family: the record of `FAMILIES` whose conventions hold.
+        lora: settings of `peft.LoraConfig`; None trains all weights.
+        pretrained: where `network` came from; it is kept with the adapters instead of the frozen weights.
     """
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("encode",)
+    """Methods beside `forward` that use the weights."""
 
     latent_mean: Tensor
     latent_std: Tensor
 
     def __init__(
         self,
-        network: Mapping[str, Any] | PretrainedConfig,
+        network: Mapping[str, Any] | PretrainedConfig | PreTrainedModel,
         *,
         num_registers: int,
         latent_dim: int,
         register_spacing: float = 0.0,
+        family: str = "decoder",
+        lora: Mapping[str, Any] | None = None,
+        pretrained: Pretrained | None = None,
     ) -> None:
         super().__init__()
-        config = network_config(network)
-        self.network = AutoModel.from_config(config)
-        self.has_register_axis = add_register_axis(self.network, register_spacing)
+        if isinstance(network, PreTrainedModel):
+            self.network: PreTrainedModel = network
+        else:
+            self.network = AutoModel.from_config(network_config(network))
+        self.family = family
+        conventions = FAMILIES[family]
+        self.has_register_axis = add_register_axis(self.network, register_spacing, conventions.rotary_float32)
         self.num_registers = num_registers
         self.latent_dim = latent_dim
         self.register_spacing = register_spacing
-        self.registers = nn.Parameter(torch.randn(num_registers, config.hidden_size) * 0.02)
-        self.out_proj = nn.Linear(config.hidden_size, latent_dim)
-        self.register_buffer("latent_mean", torch.zeros(num_registers, latent_dim))
-        self.register_buffer("latent_std", torch.ones(num_registers, latent_dim))
+        self.pretrained = pretrained
+        width = self.network.config.hidden_size
+        self.registers = nn.Parameter(torch.randn(num_registers, width) * 0.02)
+        self.out_proj = nn.Linear(width, latent_dim)
+        self.register_buffer("latent_mean", torch.zeros(num_registers, latent_dim, dtype=torch.float32))
+        self.register_buffer("latent_std", torch.ones(num_registers, latent_dim, dtype=torch.float32))
+
+        self.lora: dict[str, Any] | None = None
+        if lora is not None:
+            self.with_lora(lora)
+
+    def with_lora(self, settings: Mapping[str, Any]) -> "RegisterEncoder":
+        """Freezes the network and adds LoRA adapters to it, in place; registers and projection stay free."""
+        from crocodil.models.adapters import add_adapter  # a slow import, and only adapters need it
+
+        add_adapter(self.network, settings)
+        self.lora = dict(settings)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RegisterEncoder":
+        """Moves and casts like any module, but the statistics stay float32: bfloat16 would lose most of an update."""
+        statistics = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in statistics.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != value.dtype:
+                self.register_buffer(name, value.to(moved.device))
+        return self
 
     def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Standardised latents (B, K, D) of texts (B, L) int64; `attention_mask` (B, L) is 1 at real tokens."""
@@ -65,14 +107,14 @@ class RegisterEncoder(nn.Module):
             states = self.network(
                 inputs_embeds=torch.cat([registers, text], dim=1),
                 attention_mask=join_masks(None, attention_mask, batch, (self.num_registers, length)),
-                position_ids=positions_with_registers(self.num_registers, length, token_ids.device),
+                position_ids=positions_with_registers(self.num_registers, text_positions(length, token_ids.device)),
             ).last_hidden_state[:, : self.num_registers]
         else:
             states = self.network(
                 inputs_embeds=torch.cat([text, registers], dim=1),
                 attention_mask=join_masks(attention_mask, None, batch, (length, self.num_registers)),
             ).last_hidden_state[:, length:]
-        return F.layer_norm(self.out_proj(states.flip(1)).float(), (self.latent_dim,))
+        return F.layer_norm(self.out_proj(states.flip(1).to(self.out_proj.weight.dtype)).float(), (self.latent_dim,))
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(z - latent_mean) / latent_std, coordinate by coordinate; latents are (B, K, D)."""
@@ -86,17 +128,21 @@ class RegisterEncoder(nn.Module):
     def update_statistics(self, latents: Tensor, weight: float) -> None:
         """Moves `latent_mean` and `latent_std` towards those of a batch of unstandardised latents (B, K, D).
 
-        The second moment is averaged, not the deviation, so that the spread between batches counts too.
+        The second moment is averaged, not the deviation, so that the spread between batches counts too. Of a batch
+        that is spread over processes, all rows count.
 
         Args:
             latents: what `encode` returned.
             weight: share of the batch in the new statistics, in (0, 1]; 1 replaces them.
         """
-        latents = latents.detach().float()
-        square = self.latent_std**2 + self.latent_mean**2
-        self.latent_mean.lerp_(latents.mean(0), weight)
-        square.lerp_(latents.square().mean(0), weight)
-        self.latent_std.copy_((square - self.latent_mean**2).clamp(min=1e-4).sqrt())
+        # In float64: where the spread is small beside the mean, the difference of the moments is mostly cancelled.
+        latents = latents.detach().double()
+        batch_mean, batch_square = mean_over_ranks(torch.stack([latents.mean(0), latents.square().mean(0)]))
+        mean, square = self.latent_mean.double(), self.latent_std.double() ** 2 + self.latent_mean.double() ** 2
+        mean.lerp_(batch_mean, weight)
+        square.lerp_(batch_square, weight)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_((square - mean**2).clamp(min=1e-4).sqrt())
 
     def fingerprint(self) -> str:
         """Tells one trained autoencoder from another: a hash of its latent statistics."""
@@ -110,4 +156,72 @@ class RegisterEncoder(nn.Module):
             "num_registers": self.num_registers,
             "latent_dim": self.latent_dim,
             "register_spacing": self.register_spacing,
+            "family": self.family,
+            "lora": self.lora,
+            "pretrained": self.pretrained.to_dict() if self.pretrained and self.lora else None,
         }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        num_registers: int | None = None,
+        latent_dim: int | None = None,
+        register_spacing: float = 0.0,
+        family: str | None = None,
+        dtype: str | None = None,
+        empty: bool = False,
+    ) -> "RegisterEncoder":
+        """Reads an encoder of ours, or puts new registers on a published encoder or decoder. No code of it is run.
+
+        Args:
+            path_or_id: folder with `config.json` and safetensors, or id of a repository of the Hugging Face hub.
+            num_registers: K; needed unless the folder is one of ours.
+            latent_dim: D; None takes the width of the network.
+            register_spacing: see the constructor.
+            family: one of `FAMILIES`; None tells it from `config.json`.
+            dtype: of the network's weights, such as "bfloat16"; None keeps the checkpoint's.
+            empty: leave the network's weights on the meta device until `load_weights`.
+
+        Raises:
+            ValueError: if the checkpoint is absent, of no known family, or has missing or left-over tensors.
+        """
+        source = Pretrained(str(path_or_id), family, None, dtype)
+        if is_own(path_or_id):
+            return load_network(cls, path_or_id, dtype=source.torch_dtype)
+        if num_registers is None:
+            raise ValueError(f"num_registers must be given for {path_or_id}, which has no registers of its own")
+        checkpoint = Checkpoint.open(source)
+        network = build_empty(checkpoint, AutoModel)
+        encoder = cls(
+            network,
+            num_registers=num_registers,
+            latent_dim=latent_dim or network.config.hidden_size,
+            register_spacing=register_spacing,
+            family=checkpoint.family,
+            pretrained=source,
+        )
+        if not empty:
+            encoder.load_weights()
+        return encoder
+
+    def load_weights(self) -> None:
+        """Loads the weights that `from_pretrained(..., empty=True)` left out, into shards if it is sharded by now."""
+        if self.pretrained is not None:
+            load_weights(self.network, self.pretrained)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RegisterEncoder":
+        """Builds an encoder from `to_config`, on the weights of its `pretrained` source if it has one."""
+        settings = dict(config)
+        source = settings.pop("pretrained", None)
+        if source is None:
+            return cls(**settings)
+        sizes = {name: settings[name] for name in ("num_registers", "latent_dim", "register_spacing")}
+        encoder = cls.from_pretrained(source["path"], family=source["family"], dtype=source["dtype"], **sizes)
+        return encoder.with_lora(settings["lora"])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and safetensors; created if absent."""
+        save_network(self, folder)

@@ -1,11 +1,14 @@
 """G_psi: the latent prior, a transformer that denoises the K registers of a text."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from crocodil.models.folders import load_network, save_network
 
 
 class LatentPrior(nn.Module):
@@ -99,6 +102,15 @@ class LatentPrior(nn.Module):
     def to_config(self) -> dict[str, Any]:
         """The constructor's arguments as plain data."""
         return dict(self.config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "LatentPrior":
+        """Reads what `save_pretrained` wrote."""
+        return load_network(cls, folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and safetensors; created if absent."""
+        save_network(self, folder)
 
 
 class PriorBlock(nn.Module):

@@ -5,5 +5,6 @@ from crocodil.modules.base import CrocodilModule
 from crocodil.modules.demasker import DemaskerModule
 from crocodil.modules.judge import JudgeModule
 from crocodil.modules.prior import PriorModule
+from crocodil.modules.sharding import ShardedStrategy
 
-__all__ = ["AutoencoderModule", "CrocodilModule", "DemaskerModule", "JudgeModule", "PriorModule"]
+__all__ = ["AutoencoderModule", "CrocodilModule", "DemaskerModule", "JudgeModule", "PriorModule", "ShardedStrategy"]

@@ -1,7 +1,7 @@
 """Stage 2: encoder and demasker together, so that K registers tell the demasker what the text is about."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,13 +17,13 @@ from crocodil.diffusion.masking import (
     MaskingSchedule,
     corrupt,
     masked_cross_entropy,
-    token_cross_entropy,
 )
-from crocodil.diffusion.noise import RowNoise
+from crocodil.diffusion.noise import BatchNoise, RowNoise
 from crocodil.models import Demasker, RegisterEncoder
+from crocodil.models.pretrained import Pretrained
 from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, Batch, CrocodilModule
-from crocodil.modules.checkpoints import Stage, StageCheckpoint
-from crocodil.modules.demasker import check_vocabulary, draw_masks
+from crocodil.modules.checkpoints import Stage
+from crocodil.modules.demasker import base_demasker, draw_masks, masked_diffusion_loss
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.samplers import MaskedSampler
@@ -64,11 +64,14 @@ class AutoencoderModule(CrocodilModule):
     Args:
         vocabulary: of the data; the CLI links it from the DataModule.
         demasker_checkpoint: the base, a checkpoint of the demasker stage.
-        encoder: settings of the encoder's network, or "demasker" to start it as a copy of the base.
+        pretrained: the base, a published checkpoint (LLaDA-8B, ...), instead of `demasker_checkpoint`.
+        encoder: settings of the encoder's network, a published one, or "demasker" to start it as a copy of the base.
         num_registers: K.
         latent_dim: D.
         register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
+        register_gates: see `Demasker`; for a pretrained base.
         lora: settings of `peft.LoraConfig`, to train adapters of the demasker instead of all its weights; None for all.
+        encoder_lora: likewise of the encoder.
         regularisation: what happens to the latents between encoder and demasker.
         sampler: writes the reconstructions at `predict`; None takes the defaults of `MaskedSampler` at 8 steps.
         masking: noise schedule of the masked process.
@@ -78,6 +81,7 @@ class AutoencoderModule(CrocodilModule):
         lr_scheduler: see `CrocodilModule`.
         seed: see `CrocodilModule`.
         compile: see `CrocodilModule`.
+        gradient_checkpointing: see `CrocodilModule`.
     """
 
     stage: ClassVar[Stage] = "autoencoder"
@@ -85,12 +89,15 @@ class AutoencoderModule(CrocodilModule):
     def __init__(
         self,
         vocabulary: Vocabulary,
-        demasker_checkpoint: str,
-        encoder: dict[str, Any] | Literal["demasker"] = "demasker",
+        demasker_checkpoint: str | None = None,
+        pretrained: Pretrained | None = None,
+        encoder: Pretrained | Literal["demasker"] | dict[str, Any] = "demasker",
         num_registers: int = 16,
         latent_dim: int = 32,
         register_spacing: float = 0.0,
+        register_gates: bool = False,
         lora: dict[str, Any] | None = None,
+        encoder_lora: dict[str, Any] | None = None,
         regularisation: LatentRegularisation | None = None,
         sampler: MaskedSampler | None = None,
         masking: MaskingSchedule | None = None,
@@ -100,14 +107,16 @@ class AutoencoderModule(CrocodilModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed, compile)
-        base = StageCheckpoint(demasker_checkpoint, "demasker").demasker()
-        self.demasker = base.with_latents(latent_dim, num_registers, register_spacing)
-        check_vocabulary(self.demasker, vocabulary)
+        super().__init__(optimizer, lr_scheduler, seed, compile, gradient_checkpointing)
+        base = base_demasker(demasker_checkpoint, pretrained, vocabulary)
+        self.demasker = base.with_latents(latent_dim, num_registers, register_spacing, register_gates)
         self.encoder = build_encoder(encoder, self.demasker)
         if lora is not None:
             self.demasker.with_lora(lora)
+        if encoder_lora is not None:
+            self.encoder.with_lora(encoder_lora)
         self.regularisation = regularisation or LatentRegularisation()
         self.sampler = sampler or MaskedSampler(8)
         self.masking = masking or LinearMasking()
@@ -115,8 +124,8 @@ class AutoencoderModule(CrocodilModule):
         self.statistics_weight = statistics_weight
 
     def trained_networks(self) -> Iterable[nn.Module]:
-        """The demasker and the network inside the encoder."""
-        return [self.demasker, self.encoder.network]
+        """The demasker's decoder and the network inside the encoder."""
+        return [self.demasker.decoder, self.encoder.network]
 
     def network_configs(self) -> dict[str, Any]:
         """Settings of both networks."""
@@ -129,15 +138,16 @@ class AutoencoderModule(CrocodilModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The masked-diffusion loss under disturbed latents."""
         token_ids, noise = batch["token_ids"], self.training_noise(batch)
-        raw = self.encoder.encode(self._encoder_input(token_ids, noise))
+        on_device = noise.to(token_ids.device)
+        raw = self.encoder.encode(self._encoder_input(token_ids, on_device))
         warm_up = 1.0 / (1 + self.global_step)  # a plain average first, a moving one later
         self.encoder.update_statistics(raw, max(self.statistics_weight, warm_up))
         ramp = min(1.0, self.global_step / max(1, self.regularisation.noise_warmup_steps))
-        latents, latent_mask = disturb_latents(self.encoder.standardize(raw), noise, self.regularisation, ramp)
-        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
-        logits = self.demasker(noisy_ids, latents, latent_mask=latent_mask)
-        loss = masked_cross_entropy(logits, token_ids, is_masked, point, self.loss_weight)
-        self.log("train_loss", loss, prog_bar=True)
+        latents, latent_mask = disturb_latents(self.encoder.standardize(raw), on_device, self.regularisation, ramp)
+        loss = masked_diffusion_loss(
+            self.demasker, token_ids, noise, self.masking, self.loss_weight, latents, latent_mask
+        )
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def _encoder_input(self, token_ids: Tensor, noise: RowNoise) -> Tensor:
@@ -148,15 +158,17 @@ class AutoencoderModule(CrocodilModule):
         uniform = noise.uniform(STREAM_MASK, 1, token_ids.shape[1])
         return corrupt(token_ids, ratio * (chosen < share), uniform, self.demasker.mask_token_id)[0]
 
-    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Negative ELBOs in nats per token: `loss` under disturbed latents, `loss_clean`, `loss_no_latents`."""
         token_ids = batch["token_ids"]
         latents = self.encoder(token_ids)
         noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
-        fresh = noise.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
+        fresh = noise.to(token_ids.device).normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
         disturbed = disturb(latents, fresh, self.regularisation.noise_std)
         return {
-            name: masked_cross_entropy(self.demasker(noisy_ids, z), token_ids, is_masked, point, "elbo")
+            name: masked_cross_entropy(
+                self.demasker.nats(noisy_ids, token_ids, is_masked, z)[0].to(is_masked.device), is_masked, point, "elbo"
+            )
             for name, z in {"loss": disturbed, "loss_clean": latents, "loss_no_latents": None}.items()
         }
 
@@ -176,25 +188,31 @@ class AutoencoderModule(CrocodilModule):
             length=source.shape[1],
             batch_size=source.shape[0],
             latents=self.encoder(source),
-            generator=self.held_out_noise(batch, batch_idx),
+            generator=self.held_out_noise(batch, batch_idx).to(source.device),
             device=source.device,
         )
         accuracy = (out.token_ids == source).float().mean(1)
         return {"token_ids": out.token_ids, "source_token_ids": source, "token_accuracy": accuracy}
 
 
-def build_encoder(settings: dict[str, Any] | Literal["demasker"], demasker: Demasker) -> RegisterEncoder:
-    """The encoder for a demasker's registers, from its own settings or as a copy of the demasker's network."""
+def build_encoder(settings: Pretrained | Literal["demasker"] | dict[str, Any], demasker: Demasker) -> RegisterEncoder:
+    """The encoder for a demasker's registers: a published one, one of its own settings, or a copy of the demasker's."""
     shape: dict[str, Any] = {
         "num_registers": demasker.num_registers,
         "latent_dim": demasker.latent_dim,
         "register_spacing": demasker.register_spacing,
     }
+    if isinstance(settings, Pretrained):
+        return RegisterEncoder.from_pretrained(
+            settings.path, family=settings.family, dtype=settings.dtype, empty=True, **shape
+        )
     if settings != "demasker":
-        settings = {"vocab_size": demasker.vocab_size, **settings}
-        return RegisterEncoder(settings, **shape)
-    encoder = RegisterEncoder(demasker.network.config, **shape)
-    encoder.network.load_state_dict(demasker.network.get_decoder().state_dict())
+        return RegisterEncoder({"vocab_size": demasker.vocab_size, **settings}, **shape)
+    if demasker.pretrained is not None:
+        return build_encoder(replace(demasker.pretrained, quantization=None), demasker)
+    encoder = RegisterEncoder(demasker.network.config, family=demasker.family, **shape)
+    weights = demasker.decoder.state_dict()
+    encoder.network.load_state_dict({key: weights[key] for key in encoder.network.state_dict()})
     return encoder
 
 
@@ -230,11 +248,11 @@ def losses_by_mask_ratio(
         latents: (B, K, D) float, their registers; None asks without.
         noise: draws the masks: the same noise hides the same tokens, and more of them at a larger ratio.
     """
-    uniform = noise.uniform(STREAM_MASK, 2, token_ids.shape[1])
+    uniform = noise.to(token_ids.device).uniform(STREAM_MASK, 2, token_ids.shape[1])
     losses = {}
     for ratio in MASK_RATIOS:
         mask_prob = torch.full((token_ids.shape[0],), ratio, device=token_ids.device)
         noisy_ids, is_masked = corrupt(token_ids, mask_prob, uniform, demasker.mask_token_id)
-        nats = token_cross_entropy(demasker(noisy_ids, latents), token_ids)
-        losses[ratio] = (nats * is_masked).sum() / is_masked.sum().clamp(min=1)
+        nats, _ = demasker.nats(noisy_ids, token_ids, is_masked, latents)
+        losses[ratio] = nats.sum() / is_masked.sum().clamp(min=1)
     return losses

@@ -10,12 +10,16 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
-from crocodil.diffusion.noise import RowNoise
-from crocodil.modules.checkpoints import RECORD_KEY, Stage, check_stage, stage_record
+from crocodil.diffusion.noise import BatchNoise
+from crocodil.models import Demasker, RegisterEncoder
+from crocodil.modules.checkpoints import RECORD_KEY, Stage, check_stage, is_kept, stage_record
 from crocodil.modules.optimizers import MuonAdamW, parameter_groups
+from crocodil.modules.sharding import ShardedStrategy, shard
 from crocodil.pipeline import CrocodilPipeline
+from crocodil.ranks import rank_and_size
 
 Batch = dict[str, Tensor]
+MAX_ROWS = 2**28 + 3  # of a batch over all processes
 STREAM_TIME, STREAM_MASK, STREAM_LATENT_NOISE, STREAM_CHOICE = 100, 101, 102, 103
 
 
@@ -25,8 +29,10 @@ class CrocodilModule(L.LightningModule):
     Args:
         optimizer: called with the parameter groups of `parameter_groups`.
         lr_scheduler: called with the optimizer, stepped after every optimizer step; None for a constant rate.
-        seed: of the corruption noise, which is a function of (seed, step, rank, row).
+        seed: of the corruption noise, which is a function of (seed, step, row of the batch over all processes).
         compile: run the networks through `torch.compile` while they train.
+        gradient_checkpointing: keep the inputs of the transformer's blocks only and compute the rest again in the
+            backward pass; the gradients are the same.
     """
 
     stage: ClassVar[Stage]
@@ -37,12 +43,16 @@ class CrocodilModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.seed = seed
         self.compile_networks = compile
+        self.gradient_checkpointing = gradient_checkpointing
+        self.register_state_dict_post_hook(_leave_out_unsaved)
+        self.register_load_state_dict_post_hook(_miss_only_saved)
 
     @abstractmethod
     def trained_networks(self) -> Iterable[nn.Module]:
@@ -57,11 +67,43 @@ class CrocodilModule(L.LightningModule):
         """What can be sampled from at this stage, sharing the module's networks."""
 
     @abstractmethod
-    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Scalar figures of one held-out batch, `loss` among them."""
 
+    def is_saved(self, key: str) -> bool:
+        """Whether an entry belongs to the `state_dict`; what the record can rebuild (frozen networks) need not.
+
+        Args:
+            key: name of a parameter or buffer of this module.
+        """
+        network, _, rest = key.partition(".")
+        return is_kept(getattr(self, network), rest)
+
+    def configure_model(self) -> None:
+        """Shards all networks over the processes of a `ShardedStrategy`, and loads published weights into them.
+
+        Raises:
+            ValueError: if the mesh is another strategy's.
+        """
+        if self.device_mesh is not None:
+            if not isinstance(self.trainer.strategy, ShardedStrategy):
+                kind = type(self.trainer.strategy).__name__
+                raise ValueError(f"to shard, expected --trainer.strategy=fsdp2 (any number of processes), got {kind}")
+            for network in self.children():
+                shard(network, self.device_mesh["data_parallel"], self.trainer.precision)
+        self.load_weights()
+
+    def load_weights(self) -> None:
+        """Loads what networks on published checkpoints still lack, tensor by tensor, into their shards if there are."""
+        for network in self.children():
+            if isinstance(network, Demasker | RegisterEncoder):
+                network.load_weights()
+
     def on_fit_start(self) -> None:
-        """Compiles the networks."""
+        """Prepares the networks for training: compiled, with gradient checkpointing, as asked for."""
+        if self.gradient_checkpointing:
+            for network in self.trained_networks():
+                network.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         if self.compile_networks:
             for network in self.trained_networks():
                 network.compile()
@@ -74,18 +116,23 @@ class CrocodilModule(L.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    def training_noise(self, batch: Batch) -> RowNoise:
+    def training_noise(self, batch: Batch) -> BatchNoise:
         """The noise of this step: the same again whenever the run is repeated or resumed."""
         return self._noise(batch, self.trainer.fit_loop.total_batch_idx + 1)
 
-    def held_out_noise(self, batch: Batch, batch_idx: int) -> RowNoise:
+    def held_out_noise(self, batch: Batch, batch_idx: int) -> BatchNoise:
         """The noise of a held-out batch: the same at every evaluation, so that curves are comparable."""
         return self._noise(batch, -1 - batch_idx)
 
-    def _noise(self, batch: Batch, step: int) -> RowNoise:
-        rows = torch.arange(batch["token_ids"].shape[0], device=batch["token_ids"].device)
-        seed = torch.full_like(rows, self.seed)  # a tensor, so that large seeds wrap around
-        return RowNoise(((seed * 1_000_003 + step) * 4099 + self.global_rank) * 65_537 + rows)
+    def _noise(self, batch: Batch, step: int) -> BatchNoise:
+        """Keyed by the rows of the batch over all processes, to which samplers deal them out in turn.
+
+        It is drawn on the CPU, where asking how many tokens are masked waits for no device.
+        """
+        rank, size = rank_and_size()
+        rows = torch.arange(batch["token_ids"].shape[0]) * size + rank
+        seed = torch.full_like(rows[0], self.seed)  # a tensor, so that large seeds wrap around
+        return BatchNoise((seed * 1_000_003 + step) * MAX_ROWS, rows, len(rows) * size)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the held-out figures as `val_*`."""
@@ -119,3 +166,16 @@ class CrocodilModule(L.LightningModule):
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Steps the schedule (Lightning's default, which refuses schedules of unknown classes)."""
         scheduler.step()
+
+
+def _leave_out_unsaved(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    assert isinstance(module, CrocodilModule)
+    for key in [key for key in state_dict if not module.is_saved(key.removeprefix(prefix))]:
+        del state_dict[key]
+
+
+def _miss_only_saved(module: nn.Module, incompatible_keys: Any) -> None:
+    """A strict load complains about missing keys unless they are left out on purpose."""
+    assert isinstance(module, CrocodilModule)
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if module.is_saved(key)]

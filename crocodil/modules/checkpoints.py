@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from crocodil.data.codec import TextCodec
 from crocodil.evaluation.judge import build_judge
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.modules.sharded_checkpoint import META_FILE, PlainReader, read_weights
 
 Stage = Literal["demasker", "autoencoder", "prior", "judge"]
 RECORD_KEY = "crocodil"
@@ -41,15 +42,23 @@ def check_stage(record: dict[str, Any] | None, stage: Stage, source: str | Path)
 
 
 def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
-    """The content of a checkpoint of the given stage, read with `weights_only=True`.
+    """The content of a checkpoint of the given stage, read as plain data; of a sharded one, without its tensors.
+
+    Args:
+        path: a file or, of a sharded run, a folder.
+        stage: the stage it must be of.
 
     Raises:
         ValueError: if the file is absent, damaged, not a crocodil checkpoint, or of another stage.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    file = path / META_FILE if path.is_dir() else path
+    if not file.is_file():
         raise ValueError(f"expected a checkpoint of the {stage} stage at {path}, but there is no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if path.is_dir():
+            PlainReader(path).read_metadata()
     except Exception as error:  # the unpickler meets a damaged file with almost any exception
         raise ValueError(
             f"expected a checkpoint of the {stage} stage, but {path} is damaged or no checkpoint"
@@ -58,11 +67,21 @@ def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
     return content
 
 
+def is_kept(network: nn.Module, key: str) -> bool:
+    """Whether an entry of a network's `state_dict` is trained, so that checkpoints hold it.
+
+    The frozen weights under adapters are not: they stay where they came from (`pretrained` in the record).
+    """
+    if not (getattr(network, "lora", None) and getattr(network, "pretrained", None)):
+        return True
+    return not key.startswith("network.") or ".lora_" in key or key.endswith("register_gate")
+
+
 class StageCheckpoint:
-    """A checkpoint of one stage, read with `weights_only=True`.
+    """A checkpoint of one stage, read as plain data, and no more of it than is asked for.
 
     Args:
-        path: a `.ckpt` file of `crocodil fit`.
+        path: a `.ckpt` file or folder of `crocodil fit`.
         stage: the stage it must be of.
 
     Raises:
@@ -71,11 +90,16 @@ class StageCheckpoint:
 
     def __init__(self, path: str | Path, stage: Stage) -> None:
         self.path = Path(path)
-        content = read_checkpoint(path, stage)
-        record = content[RECORD_KEY]
+        self._content = read_checkpoint(path, stage)
+        record = self._content[RECORD_KEY]
         self.networks: dict[str, Any] = record["networks"]
         self.codec_state: dict[str, Any] | None = record["codec"]
-        self.state_dict: dict[str, torch.Tensor] = content["state_dict"]
+
+    def weights(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The entries of the `state_dict` whose names begin with `prefix`, under their full names."""
+        if self.path.is_dir():
+            return read_weights(self.path, prefix)
+        return {key: value for key, value in self._content["state_dict"].items() if key.startswith(prefix)}
 
     @property
     def codec(self) -> TextCodec:
@@ -85,20 +109,23 @@ class StageCheckpoint:
         return TextCodec.from_state(self.codec_state)
 
     def _load(self, network: nn.Module, prefix: str) -> None:
-        own = {key[len(prefix) :]: value for key, value in self.state_dict.items() if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): value for key, value in self.weights(prefix).items()}
         if not own:
             raise ValueError(f"{self.path} holds no weights of the {prefix.rstrip('.')}")
-        network.load_state_dict(own)
+        missing, unexpected = network.load_state_dict(own, strict=False)
+        missing = [key for key in missing if is_kept(network, key)]
+        if missing or unexpected:
+            raise ValueError(f"{self.path} does not fit its own record: missing {missing}, left over {unexpected}")
 
     def demasker(self) -> Demasker:
         """f_theta with its trained weights."""
-        demasker = Demasker(**self.networks["demasker"])
+        demasker = Demasker.from_config(self.networks["demasker"])
         self._load(demasker, "demasker.")
         return demasker
 
     def encoder(self) -> RegisterEncoder:
         """h_phi with its trained weights and statistics."""
-        encoder = RegisterEncoder(**self.networks["encoder"])
+        encoder = RegisterEncoder.from_config(self.networks["encoder"])
         self._load(encoder, "encoder.")
         return encoder
 

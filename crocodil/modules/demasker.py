@@ -15,15 +15,18 @@ from crocodil.diffusion.masking import (
     MaskingPoint,
     MaskingSchedule,
     corrupt,
+    loss_weights,
     masked_cross_entropy,
     stratified_times,
 )
-from crocodil.diffusion.noise import RowNoise
+from crocodil.diffusion.noise import BatchNoise
 from crocodil.models import Demasker
+from crocodil.models.pretrained import Pretrained
 from crocodil.modules.base import STREAM_MASK, STREAM_TIME, Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage, StageCheckpoint
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
+from crocodil.ranks import as_part_of_all
 from crocodil.samplers import MaskedSampler
 
 
@@ -33,7 +36,9 @@ class DemaskerModule(CrocodilModule):
     Args:
         vocabulary: sizes and special tokens of the data; the CLI links it from the DataModule.
         network: settings of a transformers decoder (`model_type`, `hidden_size`, ...); the vocabulary's size is added.
-        demasker_checkpoint: a checkpoint of this stage to fine-tune; `network` is then left out.
+        demasker_checkpoint: a checkpoint of this stage to fine-tune, instead of `network`.
+        pretrained: a published checkpoint to fine-tune (LLaDA-8B, ...), instead of `network`.
+        lora: settings of `peft.LoraConfig`, to train adapters instead of all weights; None for all.
         sampler: fills the masks in at `predict`; None takes the defaults of `MaskedSampler` at 16 steps.
         masking: noise schedule of the masked process.
         loss_weight: "elbo" weighs time t by -alpha'_t / (1 - alpha_t) (1 / t, as LLaDA), "none" does not (as DiLaDiff).
@@ -41,6 +46,7 @@ class DemaskerModule(CrocodilModule):
         lr_scheduler: see `CrocodilModule`.
         seed: see `CrocodilModule`.
         compile: see `CrocodilModule`.
+        gradient_checkpointing: see `CrocodilModule`.
     """
 
     stage: ClassVar[Stage] = "demasker"
@@ -50,6 +56,8 @@ class DemaskerModule(CrocodilModule):
         vocabulary: Vocabulary,
         network: dict[str, Any] | None = None,
         demasker_checkpoint: str | None = None,
+        pretrained: Pretrained | None = None,
+        lora: dict[str, Any] | None = None,
         sampler: MaskedSampler | None = None,
         masking: MaskingSchedule | None = None,
         loss_weight: LossWeight = "elbo",
@@ -57,28 +65,27 @@ class DemaskerModule(CrocodilModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         compile: bool = False,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed, compile)
-        if (network is None) == (demasker_checkpoint is None):
-            raise ValueError(
-                "give DemaskerModule either `network` (from scratch) or `demasker_checkpoint` (to go on from)"
-            )
+        super().__init__(optimizer, lr_scheduler, seed, compile, gradient_checkpointing)
         if network is not None:
+            refuse_second_source(network=network, demasker_checkpoint=demasker_checkpoint, pretrained=pretrained)
             self.demasker = Demasker(
                 network | {"vocab_size": vocabulary.size},
                 mask_token_id=vocabulary.mask_token_id,
                 eos_token_id=vocabulary.eos_token_id,
             )
         else:
-            self.demasker = StageCheckpoint(demasker_checkpoint or "", "demasker").demasker()
-            check_vocabulary(self.demasker, vocabulary)
+            self.demasker = base_demasker(demasker_checkpoint, pretrained, vocabulary)
+        if lora is not None:
+            self.demasker.with_lora(lora)
         self.sampler = sampler or MaskedSampler(16)
         self.masking = masking or LinearMasking()
         self.loss_weight: LossWeight = loss_weight
 
     def trained_networks(self) -> Iterable[nn.Module]:
-        """The demasker."""
-        return [self.demasker]
+        """The demasker's decoder; the head works chunk by chunk and is not compiled."""
+        return [self.demasker.decoder]
 
     def network_configs(self) -> dict[str, Any]:
         """Settings of the demasker."""
@@ -90,30 +97,28 @@ class DemaskerModule(CrocodilModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The masked-diffusion loss of a batch."""
-        noisy_ids, is_masked, point = draw_masks(
-            batch["token_ids"], self.training_noise(batch), self.masking, self.demasker.mask_token_id
-        )
-        logits = self.demasker(noisy_ids)
-        loss = masked_cross_entropy(logits, batch["token_ids"], is_masked, point, self.loss_weight)
-        self.log("train_loss", loss, prog_bar=True)
+        noise = self.training_noise(batch)
+        loss = masked_diffusion_loss(self.demasker, batch["token_ids"], noise, self.masking, self.loss_weight)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """`loss`: the negative ELBO in nats per token; `masked_loss`, `accuracy`: plain means at masked positions."""
         token_ids = batch["token_ids"]
         noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
-        logits = self.demasker(noisy_ids)
-        hits = (logits.argmax(-1) == token_ids) & is_masked
+        nats, hits = self.demasker.nats(noisy_ids, token_ids, is_masked)
+        nats = nats.to(is_masked.device)
         return {
-            "loss": masked_cross_entropy(logits, token_ids, is_masked, point, "elbo"),
-            "masked_loss": masked_cross_entropy(logits, token_ids, is_masked, point, "none"),
-            "accuracy": hits.sum() / is_masked.sum().clamp(min=1),
+            "loss": masked_cross_entropy(nats, is_masked, point, "elbo"),
+            "masked_loss": masked_cross_entropy(nats, is_masked, point, "none"),
+            "accuracy": hits.sum().to(is_masked.device) / is_masked.sum().clamp(min=1),
         }
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Infilling: every other token of a held-out text, on average, is masked and written again."""
         source, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
         half = torch.full((source.shape[0],), 0.5, device=source.device)
+        noise = noise.to(source.device)
         uniform = noise.uniform(STREAM_MASK, 0, source.shape[1])
         canvas, is_masked = corrupt(source, half, uniform, self.demasker.mask_token_id)
         written = self.sampler.fill(self.demasker, canvas, generator=noise).token_ids
@@ -122,21 +127,81 @@ class DemaskerModule(CrocodilModule):
 
 
 def draw_masks(
-    token_ids: Tensor, noise: RowNoise, masking: MaskingSchedule, mask_token_id: int
+    token_ids: Tensor, noise: BatchNoise, masking: MaskingSchedule, mask_token_id: int
 ) -> tuple[Tensor, Tensor, MaskingPoint]:
-    """x_t of a batch at stratified times: noisy ids (B, L), where they are masked (B, L), and the schedule (B,)."""
-    point = masking(stratified_times(noise.uniform(STREAM_TIME, 0, 1).squeeze(1)))
-    uniform = noise.uniform(STREAM_MASK, 0, token_ids.shape[1])
-    noisy_ids, is_masked = corrupt(token_ids, point.mask_prob, uniform, mask_token_id)
-    return noisy_ids, is_masked, point
+    """x_t of a batch at stratified times.
+
+    Args:
+        token_ids: (B, L) int64, x_0.
+        noise: of the batch; on the CPU, so is what it decides.
+        masking: noise schedule.
+        mask_token_id: id of the mask.
+
+    Returns:
+        x_t, (B, L) int64 beside `token_ids`; and beside the noise, where it is masked, (B, L) bool, and the schedule
+        at the rows' times, (B,).
+    """
+    point = masking(stratified_times(noise.shared(STREAM_TIME, 0), noise.rows, noise.num_rows))
+    is_masked = noise.uniform(STREAM_MASK, 0, token_ids.shape[1]) < point.mask_prob[:, None]
+    return token_ids.masked_fill(is_masked.to(token_ids.device, non_blocking=True), mask_token_id), is_masked, point
+
+
+def masked_diffusion_loss(
+    demasker: Demasker,
+    token_ids: Tensor,
+    noise: BatchNoise,
+    masking: MaskingSchedule,
+    loss_weight: LossWeight,
+    latents: Tensor | None = None,
+    latent_mask: Tensor | None = None,
+) -> Tensor:
+    """The training loss of a batch (`loss_weights`), under latents if there are any; a scalar.
+
+    Args:
+        demasker: f_theta.
+        token_ids: (B, L) int64, x_0.
+        noise: of the batch.
+        masking: noise schedule.
+        loss_weight: "elbo" or "none".
+        latents: (B, K, D) float, as the demasker is to see them.
+        latent_mask: (B, K) bool, which of them.
+    """
+    noisy_ids, is_masked, point = draw_masks(token_ids, noise, masking, demasker.mask_token_id)
+    weights = loss_weights(is_masked, point, loss_weight)
+    loss = demasker.weighted_loss(noisy_ids, token_ids, weights, latents, latent_mask)
+    return loss if loss_weight == "elbo" else as_part_of_all(loss, is_masked.sum())
+
+
+def base_demasker(checkpoint: str | None, pretrained: Pretrained | None, vocabulary: Vocabulary) -> Demasker:
+    """The base a stage starts from: a checkpoint of the demasker stage, or a published one.
+
+    Raises:
+        ValueError: if both or neither are given, or the tokens differ from the data's.
+    """
+    refuse_second_source(demasker_checkpoint=checkpoint, pretrained=pretrained)
+    if pretrained is not None:
+        demasker = Demasker.from_pretrained(
+            pretrained.path, pretrained.family, pretrained.quantization, pretrained.dtype, empty=True
+        )
+    else:
+        demasker = StageCheckpoint(checkpoint or "", "demasker").demasker()
+    check_vocabulary(demasker, vocabulary)
+    return demasker
+
+
+def refuse_second_source(**sources: Any) -> None:
+    """Insists that exactly one of the arguments is given."""
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(sources)}, got {' and '.join(given) or 'none'}")
 
 
 def check_vocabulary(demasker: Demasker, vocabulary: Vocabulary) -> None:
-    """Refuses a checkpoint that was trained on other tokens than the data has."""
+    """Refuses a checkpoint that was trained on other tokens than the data has; spare rows of the head do no harm."""
     trained = (demasker.vocab_size, demasker.mask_token_id, demasker.eos_token_id)
     given = (vocabulary.size, vocabulary.mask_token_id, vocabulary.eos_token_id)
-    if trained != given:
+    if trained[1:] != given[1:] or trained[0] < given[0]:
         raise ValueError(
             f"the checkpoint and the data differ in (vocabulary size, mask id, eos id): {trained} and {given}; "
-            "use the data section the checkpoint was trained with"
+            "use the data section (or the tokenizer) the checkpoint was trained with"
         )

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
-from crocodil.diffusion.noise import RowNoise
+from crocodil.diffusion.noise import BatchNoise
 from crocodil.evaluation.judge import build_judge, tokens_through_eos
 from crocodil.modules.base import Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
+from crocodil.ranks import mean_over_ranks
 
 
 class JudgeModule(CrocodilModule):
@@ -64,10 +65,10 @@ class JudgeModule(CrocodilModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the next token."""
         loss = self._loss(batch["token_ids"])
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+    def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """`loss`: nats per token, the first token given."""
         return {"loss": self._loss(batch["token_ids"])}
 
@@ -75,4 +76,4 @@ class JudgeModule(CrocodilModule):
         logits = self.judge(input_ids=token_ids, use_cache=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), token_ids[:, 1:], reduction="none")
         counted = tokens_through_eos(token_ids, self.eos_token_id)[:, 1:]
-        return (nats * counted).sum() / counted.sum()
+        return (nats * counted).sum() / mean_over_ranks(counted.sum())

@@ -1,5 +1,6 @@
 """Stage 3: the latent prior on a frozen autoencoder."""
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
@@ -20,7 +22,7 @@ from crocodil.diffusion.gaussian import (
     to_x0,
 )
 from crocodil.diffusion.masking import corrupt, stratified_times
-from crocodil.diffusion.noise import RowNoise
+from crocodil.diffusion.noise import BatchNoise
 from crocodil.models import LatentPrior
 from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME, Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage, StageCheckpoint
@@ -82,7 +84,6 @@ class PriorModule(CrocodilModule):
         self.prediction_type: PredictionType = prediction_type
         self.self_conditioning = self_conditioning
         self.condition_share = condition_share
-        self.strict_loading = False  # the frozen autoencoder comes from its own checkpoint
 
     def trained_networks(self) -> Iterable[nn.Module]:
         """The prior."""
@@ -95,6 +96,10 @@ class PriorModule(CrocodilModule):
             "latent_process": asdict(self.latent_process),
             "autoencoder": self.encoder.fingerprint(),
         }
+
+    def is_saved(self, key: str) -> bool:
+        """The frozen autoencoder comes from its own checkpoint."""
+        return key.startswith("prior.")
 
     @property
     def latent_process(self) -> LatentProcess:
@@ -114,36 +119,37 @@ class PriorModule(CrocodilModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The denoising loss of a batch, part of it under a condition."""
-        noise = self.training_noise(batch)
+        noise = self.training_noise(batch).to(batch["token_ids"].device)
         with torch.no_grad():
             latents = self.encoder(batch["token_ids"])
         condition, has_condition = self._conditions(batch["token_ids"], noise)
         refine = random.Random(f"{self.seed} {self.global_step}").random() < self.self_conditioning
         loss = self._losses(latents, noise, condition, has_condition, refine).mean()
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def _conditions(self, token_ids: Tensor, noise: RowNoise) -> tuple[Tensor | None, Tensor | None]:
-        """h_phi(x_t) (B, K, D) and the rows (B,) that have it, spread evenly over the batch."""
-        share, batch = self.condition_share, token_ids.shape[0]
-        rows = [i for i in range(batch) if int((i + 1) * share) > int(i * share)]
-        if not rows:
+    def _conditions(self, token_ids: Tensor, noise: BatchNoise) -> tuple[Tensor | None, Tensor | None]:
+        """h_phi(x_t) (B, K, D) and the rows (B,) that have it: the first ones of the whole batch, on average `share`.
+
+        Every process encodes as many rows as any other, even where none of them is to have its condition.
+        """
+        total, batch = self.condition_share * noise.num_rows, token_ids.shape[0]
+        if not total:
             return None, None
-        index = torch.tensor(rows, device=token_ids.device)
+        has_condition = noise.rows.double() + noise.shared(STREAM_CHOICE, 1) < total
+        encoded = math.ceil(math.ceil(total) * batch / noise.num_rows)
         ratio = noise.uniform(STREAM_CHOICE, 0, 1).squeeze(1)
         uniform = noise.uniform(STREAM_MASK, 0, token_ids.shape[1])
         noisy_ids, _ = corrupt(token_ids, ratio, uniform, self.demasker.mask_token_id)
         with torch.no_grad():
-            encoded = self.encoder(noisy_ids[index])
-        condition = encoded.new_zeros((batch, *encoded.shape[1:])).index_copy(0, index, encoded)
-        has_condition = torch.zeros(batch, dtype=torch.bool, device=token_ids.device).index_fill(0, index, True)
-        return condition, has_condition
+            condition = self.encoder(noisy_ids[:encoded])
+        return F.pad(condition, (0, 0, 0, 0, 0, batch - encoded)), has_condition
 
     def _losses(
-        self, latents: Tensor, noise: RowNoise, condition: Tensor | None, has_condition: Tensor | None, refine: bool
+        self, latents: Tensor, noise: BatchNoise, condition: Tensor | None, has_condition: Tensor | None, refine: bool
     ) -> Tensor:
         """Mean squared error of each row (B,) at stratified times; `refine` adds the self-conditioning pass."""
-        point = self.noise_schedule(stratified_times(noise.uniform(STREAM_TIME, 0, 1).squeeze(1)))
+        point = self.noise_schedule(self._times(noise, has_condition))
         fresh = noise.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
         noisy = add_noise(latents, fresh, point)
         given = {"condition": condition, "condition_mask": has_condition}
@@ -154,9 +160,19 @@ class PriorModule(CrocodilModule):
         output = self.prior(noisy, point.log_snr, self_condition=estimate, **given)
         return denoising_loss(output, prediction_target(latents, fresh, point, self.prediction_type))
 
-    def evaluate(self, batch: Batch, noise: RowNoise) -> dict[str, Tensor]:
+    def _times(self, noise: BatchNoise, has_condition: Tensor | None) -> Tensor:
+        """Times (B,), stratified over the rows with a condition and over the others, each for themselves."""
+        offset = noise.shared(STREAM_TIME, 0)
+        if has_condition is None:
+            return stratified_times(offset, noise.rows, noise.num_rows)
+        first = self.condition_share * noise.num_rows
+        index = torch.where(has_condition, noise.rows, noise.rows.double() - first)
+        return stratified_times(offset, index, torch.where(has_condition, first, noise.num_rows - first))
+
+    def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Mean squared errors: `loss` unconditional, `loss_conditional` given texts masked at random ratios."""
         token_ids = batch["token_ids"]
+        noise = noise.to(token_ids.device)
         latents = self.encoder(token_ids)
         figures = {"loss": self._losses(latents, noise, None, None, refine=self.self_conditioning > 0).mean()}
         if self.condition_share:
@@ -180,13 +196,7 @@ class PriorModule(CrocodilModule):
             self.prior,
             length=batch["token_ids"].shape[1],
             batch_size=batch["token_ids"].shape[0],
-            generator=self.held_out_noise(batch, batch_idx),
+            generator=self.held_out_noise(batch, batch_idx).to(self.device),
             device=self.device,
         )
         return {"token_ids": out.token_ids}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves the frozen autoencoder out."""
-        super().on_save_checkpoint(checkpoint)
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {key: value for key, value in weights.items() if key.startswith("prior.")}

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from itertools import permutations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from crocodil.diffusion.masking import (
     MaskingPoint,
     MaskingSchedule,
     corrupt,
+    loss_weights,
     masked_cross_entropy,
     posterior,
     stratified_times,
@@ -111,7 +113,7 @@ def exact_elbo(predict: Predict, x_0: Tensor, mask_token_id: int, schedule: Mask
         point = schedule(torch.tensor([t]))
         for is_masked, row in zip(masks, logits, strict=True):
             probability = torch.where(is_masked, point.mask_prob, point.alpha_t).prod()
-            loss = masked_cross_entropy(row[None], x_0[None], is_masked[None], point, "elbo")
+            loss = masked_cross_entropy(token_cross_entropy(row[None], x_0[None]), is_masked[None], point, "elbo")
             total += weight * (probability * loss).item()
     return total * len(x_0)
 
@@ -181,9 +183,9 @@ def test_masked_cross_entropy_by_hand() -> None:
     is_masked = torch.tensor([[True, True], [False, True]])
     point = MaskingPoint(alpha_t=torch.tensor([0.5, 0.2]), d_alpha_t=torch.tensor([-1.0, -2.0]))
     nats = [-math.log(0.5), -math.log(0.8), -math.log(0.4)]
-    loss = masked_cross_entropy(probabilities.log(), token_ids, is_masked, point, "none")
+    loss = masked_cross_entropy(token_cross_entropy(probabilities.log(), token_ids), is_masked, point, "none")
     assert loss.item() == pytest.approx(sum(nats) / 3)
-    loss = masked_cross_entropy(probabilities.log(), token_ids, is_masked, point, "elbo")
+    loss = masked_cross_entropy(token_cross_entropy(probabilities.log(), token_ids), is_masked, point, "elbo")
     assert loss.item() == pytest.approx(((nats[0] + nats[1]) * 1 / 0.5 + nats[2] * 2 / 0.8) / 2 / 2)
 
 
@@ -191,7 +193,7 @@ def test_loss_of_a_batch_without_masks_is_zero() -> None:
     logits, nothing = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.bool)
     point = LinearMasking()(torch.zeros(2))
     for weight in ("elbo", "none"):
-        assert masked_cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64), nothing, point, weight) == 0
+        assert masked_cross_entropy(token_cross_entropy(logits, torch.zeros(2, 3).long()), nothing, point, weight) == 0
 
 
 def test_cross_entropy_is_taken_in_float32() -> None:
@@ -214,12 +216,32 @@ def test_corrupt_masks_each_row_at_its_own_rate() -> None:
 
 def test_stratified_times_hold_one_time_a_bin() -> None:
     for u in torch.linspace(0.001, 0.999, 50, dtype=torch.float64):
-        times = stratified_times(u.repeat(8))
+        times = stratified_times(u, torch.arange(8), 8)
         assert times.dtype == torch.float32
         assert sorted((times * 8).long().tolist()) == list(range(8))
 
 
 def test_each_stratified_time_is_uniform() -> None:
     grid = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
-    times = torch.stack([stratified_times(u.repeat(3)) for u in grid]).sort(dim=0).values
+    times = torch.stack([stratified_times(u, torch.arange(3), 3) for u in grid]).sort(dim=0).values
     torch.testing.assert_close(times.double(), grid[:, None].expand(-1, 3), rtol=0, atol=2 / 400)
+
+
+def test_parts_of_a_batch_are_stratified_each_for_themselves() -> None:
+    index, size = torch.tensor([0, 1, 0, 1, 2, 3]), torch.tensor([2, 2, 4, 4, 4, 4])
+    for u in torch.linspace(0.001, 0.999, 20, dtype=torch.float64):
+        first, second = stratified_times(u, index, size).split([2, 4])
+        assert sorted((first * 2).long().tolist()) == [0, 1]
+        assert sorted((second * 4).long().tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("weight", ["elbo", "none"])
+def test_weights_are_float32_in_a_run_of_half_precision(weight: Any) -> None:
+    is_masked, point = torch.rand(4, 33, generator=torch.Generator().manual_seed(0)) < 0.6, LinearMasking()
+    expected = loss_weights(is_masked, point(torch.rand(4, generator=torch.Generator().manual_seed(1))), weight)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        times = torch.rand(4, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
+        assert torch.equal(loss_weights(is_masked, point(times), weight), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crocodil.diffusion.noise import RowNoise, mix
+from crocodil.diffusion.noise import BatchNoise, RowNoise, mix
 
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 SPLITMIX64_OF_SEED_0 = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
@@ -139,3 +139,14 @@ def test_without_a_generator_the_global_seed_counts() -> None:
     torch.manual_seed(11)
     assert torch.equal(first, RowNoise.from_generator(None, 2, torch.device("cpu")).uniform(0, 0, 3))
     assert not torch.equal(first, second)
+
+
+def test_the_rows_of_a_batch_have_their_noise_wherever_they_are() -> None:
+    seed = torch.tensor(2**62)
+    whole = BatchNoise(seed, torch.arange(12), 12)
+    for rank in range(3):
+        part = BatchNoise(seed, torch.arange(4) * 3 + rank, 12)
+        assert torch.equal(part.uniform(1, 2, 5), whole.uniform(1, 2, 5)[rank::3])
+        assert part.shared(4, 0) == whole.shared(4, 0)
+    assert whole.shared(4, 0) != whole.shared(4, 1)
+    assert whole.shared(4, 0) != BatchNoise(seed + 100, torch.arange(12), 12).shared(4, 0)

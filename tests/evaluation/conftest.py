@@ -15,6 +15,7 @@ def row_of(
         "algorithm": algorithm,
         "remasking": None if algorithm == "data" else "random",
         "temperature": None if algorithm == "data" else 1.0,
+        "num_registers": None,
         "num_steps": calls,
         "demasker_calls": calls,
         "prior_calls": 0,

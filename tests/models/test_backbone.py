@@ -2,12 +2,13 @@ import pytest
 import torch
 from transformers import AutoConfig, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
-from crocodil.models.backbone import (
+from crocodil.models.backbone import network_config
+from crocodil.models.positions import (
     TwoAxisRotary,
     add_register_axis,
     join_masks,
-    network_config,
     positions_with_registers,
+    text_positions,
 )
 
 SETTINGS = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
@@ -53,8 +54,8 @@ def test_the_register_axis_is_added_once_and_only_to_rotary_networks() -> None:
 
 def test_registers_stand_directly_before_the_text() -> None:
     device = torch.device("cpu")
-    assert positions_with_registers(3, 2, device).tolist() == [[-3, -2, -1, 0, 1]]
-    assert positions_with_registers(0, 2, device).tolist() == [[0, 1]]
+    assert positions_with_registers(3, text_positions(2, device)).tolist() == [[-3, -2, -1, 0, 1]]
+    assert positions_with_registers(0, text_positions(2, device)).tolist() == [[0, 1]]
 
 
 def test_joined_masks() -> None:

@@ -115,7 +115,7 @@ def test_which_backbones_have_a_register_axis(make_encoder: Callable) -> None:
 def test_statistics_start_neutral_and_are_saved_with_the_weights(make_encoder: Callable) -> None:
     encoder = make_encoder()
     latents = torch.randn(5, NUM_REGISTERS, LATENT_DIM)
-    assert torch.equal(encoder.standardize(latents), latents.double())
+    assert torch.equal(encoder.standardize(latents), latents)
     assert {"latent_mean", "latent_std"} <= encoder.state_dict().keys()
 
 
@@ -188,3 +188,25 @@ def test_its_configuration_rebuilds_it(make_encoder: Callable, token_ids: Tensor
     twin.load_state_dict(encoder.state_dict(), strict=True)
     assert twin.to_config() == config
     assert torch.equal(twin(token_ids), encoder(token_ids))
+
+
+def test_statistics_stay_float32_in_a_network_of_half_precision(make_encoder: Callable) -> None:
+    encoder = make_encoder().float()
+    encoder.update_statistics(batches(1)[0], weight=1.0)
+    before = encoder.latent_mean.clone(), encoder.latent_std.clone()
+    assert not torch.equal(before[0], before[0].bfloat16())
+    torch.nn.Sequential(encoder).to(torch.bfloat16)
+    assert encoder.out_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(encoder.latent_mean, before[0]) and torch.equal(encoder.latent_std, before[1])
+    assert encoder.latent_mean.dtype == encoder.latent_std.dtype == torch.float32
+    assert {"latent_mean", "latent_std"} <= encoder.state_dict().keys()
+    encoder.update_statistics(torch.full((5, NUM_REGISTERS, LATENT_DIM), 100.0).bfloat16(), weight=1e-5)
+    torch.testing.assert_close(encoder.latent_mean, before[0] + 1e-5 * (100 - before[0]), rtol=0, atol=1e-6)
+
+
+def test_a_small_spread_beside_a_large_mean_is_told_exactly(make_encoder: Callable) -> None:
+    encoder = make_encoder().float()
+    latents = 1 + 0.02 * torch.randn(500, NUM_REGISTERS, LATENT_DIM, generator=torch.Generator().manual_seed(0))
+    encoder.update_statistics(latents, weight=1.0)
+    expected = latents.double().std(0, correction=0).float()
+    torch.testing.assert_close(encoder.latent_std, expected, rtol=1e-6, atol=0)

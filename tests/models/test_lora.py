@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from crocodil.models import Demasker
-from crocodil.pipeline import load_network, save_network
+from crocodil.models.folders import load_network, save_network
 
 NETWORK = {
     "model_type": "llama",
@@ -77,7 +77,7 @@ def test_the_adapter_is_saved_in_the_layout_of_peft(tmp_path, inputs):
     expected = demasker(token_ids)
     torch.testing.assert_close(adapted(input_ids=token_ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-6)
 
-    reloaded = load_network(build({"r": 2}), tmp_path)
+    reloaded = load_network(Demasker, tmp_path)
     torch.testing.assert_close(reloaded(*inputs), demasker(*inputs), rtol=0, atol=0)
 
 

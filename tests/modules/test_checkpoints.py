@@ -31,7 +31,7 @@ def test_a_checkpoint_holds_plain_data_and_says_what_it_is(stage: str, tiny_syst
 def test_a_network_comes_back_with_its_weights(stage: str, network: str, tiny_system: Any) -> None:
     checkpoint = StageCheckpoint(tiny_system.checkpoint(stage), stage)
     weights = getattr(checkpoint, network)().state_dict()
-    saved = {key: value for key, value in checkpoint.state_dict.items() if key.startswith(f"{network}.")}
+    saved = checkpoint.weights(f"{network}.")
     assert {f"{network}.{key}" for key in weights} == set(saved)
     assert all(torch.equal(weights[key.removeprefix(f"{network}.")], value) for key, value in saved.items())
 

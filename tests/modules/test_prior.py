@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,23 @@ def test_the_checkpoint_holds_the_prior_alone(tiny_system: Any) -> None:
     assert content["crocodil"]["networks"]["autoencoder"] == encoder.fingerprint()
 
 
+def test_what_is_not_saved_is_not_missed_and_all_else_is(tiny_system: Any) -> None:
+    module = tiny_system.module("prior")
+    saved = torch.load(tiny_system.checkpoint("prior"), weights_only=True)["state_dict"]
+    assert set(module.state_dict()) == set(saved)
+    module.load_state_dict(saved)
+    assert torch.equal(module.prior.out_proj.weight, saved.pop("prior.out_proj.weight"))
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "prior.out_proj.weight"\.'):
+        module.load_state_dict(saved)
+
+
 def test_training_moves_the_prior_and_leaves_the_autoencoder(tiny_system: Any, fit: Callable[..., list[float]]) -> None:
     module = tiny_system.module("prior")
-    before = {name: value.clone() for name, value in module.state_dict().items()}
+    parts = nn.ModuleDict(dict(module.named_children()))
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
     fit(module, tiny_system.data(), max_steps=4)
     saved = torch.load(tiny_system.checkpoint("autoencoder"), weights_only=True)["state_dict"]
-    for name, value in module.state_dict().items():
+    for name, value in parts.state_dict().items():
         if name.startswith("prior."):
             assert not torch.equal(value, before[name]), name
         else:
@@ -72,14 +84,38 @@ def test_conditions_are_given_to_the_stated_share_of_rows(
         assert given["condition"] is None and given["condition_mask"] is None and len(texts) == 1
         return
     has, (whole, masked) = given["condition_mask"], texts
-    assert has.sum() == int(10 * share)
-    gaps = has.nonzero().flatten().diff()
-    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
-    assert not given["condition"][~has].any()
+    assert torch.equal(has, torch.arange(10) < has.sum())
+    assert has.sum() in (math.floor(10 * share), math.ceil(10 * share)) and len(masked) == math.ceil(10 * share)
     with torch.no_grad():
-        torch.testing.assert_close(given["condition"][has], module.encoder(masked), rtol=0, atol=0)
-    clean = whole[has]
+        torch.testing.assert_close(given["condition"][has], module.encoder(masked)[: has.sum()], rtol=0, atol=0)
+    clean = whole[: len(masked)]
     assert torch.equal(masked[masked != MASK], clean[masked != MASK]) and (masked == MASK).any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 10])
+def test_a_share_that_is_no_whole_number_of_rows_is_met_on_average(
+    batch_size: int, tiny_system: Any, fit: Callable[..., list[float]]
+) -> None:
+    module = tiny_system.module("prior", condition_share=0.25, self_conditioning=0.0)
+    seen = watch(module.prior)
+    fit(module, tiny_system.data(batch_size), max_steps=60)
+    counts = torch.tensor([given["condition_mask"].sum() for given in seen])
+    assert len(counts.unique()) == 2
+    assert counts.float().mean().item() == pytest.approx(0.25 * batch_size, abs=0.2)
+
+
+def test_rows_with_and_without_a_condition_are_spread_over_all_times(
+    tiny_system: Any, fit: Callable[..., list[float]]
+) -> None:
+    """The first half of the rows has conditions; in both halves, each quarter of the times holds one row."""
+    module = tiny_system.module("prior", condition_share=0.5, self_conditioning=0.0)
+    seen: list[Tensor] = []
+    module.prior.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    fit(module, tiny_system.data(), max_steps=5)
+    edges = TangentSchedule()(torch.tensor([0.75, 0.5, 0.25])).log_snr
+    for log_snr in seen:
+        quarters = torch.bucketize(log_snr, edges)
+        assert sorted(quarters[:4].tolist()) == sorted(quarters[4:].tolist()) == [0, 1, 2, 3]
 
 
 def test_conditions_are_texts_masked_at_every_ratio(tiny_system: Any, fit: Callable[..., list[float]]) -> None:
