@@ -118,13 +118,13 @@ class SampleTexts(L.Callback):
         return [codec.decode(row) for row in out.token_ids], out.token_ids, float(out.num_calls)
 
     def _log_texts(self, trainer: L.Trainer, algorithm: str, texts: Sequence[str]) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a broadcast: all processes ask
         if not trainer.is_global_zero:
             return
         page = ("\n" + "-" * 60 + "\n").join(texts)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"samples/{algorithm}", f"```python\n{page}\n```", trainer.global_step)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"step-{trainer.global_step:06d}-{algorithm}.txt").write_text(page + "\n")
 

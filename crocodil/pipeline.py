@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
+from crocodil.data.retokenizer import Retokenizer
 from crocodil.diffusion.gaussian import PredictionType, TangentSchedule
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation.cost import Cost, demasker_call_equivalents, network_flops, synchronised
@@ -25,6 +26,7 @@ from crocodil.samplers.unmasking import Remasking
 Algorithm = Literal["masked", "conthendisc", "conwithindisc"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 PIPELINE_FILE = "crocodil.json"
+ENCODER_TOKENIZER = "encoder_tokenizer"
 FORMAT = 1
 Network = Demasker | RegisterEncoder | LatentPrior
 NETWORKS: dict[str, type[Network]] = {
@@ -299,6 +301,8 @@ class CrocodilPipeline:
         for name, network in self.networks().items():
             network.save_pretrained(folder / name)
         self.codec.save_pretrained(folder / "tokenizer")
+        if self.encoder is not None and isinstance(self.encoder.translate, Retokenizer):
+            self.encoder.translate.target.save_pretrained(folder / ENCODER_TOKENIZER)
         description = {
             "format": FORMAT,
             "versions": {name: version(name) for name in ("crocodil", "torch", "transformers")},
@@ -323,8 +327,12 @@ class CrocodilPipeline:
         networks: dict[str, Any] = {
             name: NETWORKS[name].from_pretrained(folder / name) for name in description["networks"]
         }
+        codec = TextCodec.from_pretrained(folder / "tokenizer")
+        if (folder / ENCODER_TOKENIZER).is_dir():
+            own = TextCodec.from_pretrained(folder / ENCODER_TOKENIZER)
+            networks["encoder"].translate = Retokenizer(codec, own)
         return cls(
-            codec=TextCodec.from_pretrained(folder / "tokenizer"),
+            codec=codec,
             latent_process=LatentProcess.from_dict(description["latent_process"]),
             **networks,
         )

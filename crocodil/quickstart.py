@@ -39,10 +39,11 @@ PRIOR_STEPS, REFRESH_PRIOR_STEPS = 8, 8
 Rule = tuple[Remasking, float, int | None]
 """Order, temperature, and how many registers are read (None for all)."""
 BASE_RULES: tuple[Rule, ...] = (("random", 1.0, None), ("low_confidence", 0.7, None))
-HOT_BASE_RULES: tuple[Rule, ...] = (("random", 2.0, None), ("random", 3.0, None))
-"""With few calls the base keeps the data's entropy only if it is heated; these give it rows of no less entropy."""
-LATENT_RULES: tuple[Rule, ...] = (("random", 0.2, 4), ("random", 0.0, None))
-"""A coarse sketch, which leaves more to the demasker, and the whole one."""
+HOT_BASE_RULE: Rule = ("random", 3.0, None)
+"""With few calls the base keeps the data's entropy only if it is heated; this gives it rows of no less entropy."""
+COARSE: Rule = ("random", 0.2, 4)
+WHOLE: Rule = ("random", 0.0, None)
+"""A coarse sketch leaves more to the demasker; where this has two calls only, the whole one is needed."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("demasker", 800, 2.7),
-    Stage("autoencoder", 700, 4.2, "demasker", "demasker_checkpoint"),
-    Stage("prior", 600, 3.9, "autoencoder", "autoencoder_checkpoint"),
-    Stage("judge", 400, 1.2),
+    Stage("demasker", 600, 2.4),
+    Stage("autoencoder", 700, 4.1, "demasker", "demasker_checkpoint"),
+    Stage("prior", 550, 3.5, "autoencoder", "autoencoder_checkpoint"),
+    Stage("judge", 400, 1.0),
 )
-DATA_MINUTES, COMPARISON_MINUTES = 0.5, 2.0
+DATA_MINUTES, COMPARISON_MINUTES = 0.4, 2.2
 SOURCES = {"demasker": "base", "autoencoder": "encoder and demasker", "prior": "latent prior", "judge": "judge"}
 
 
@@ -184,10 +185,10 @@ def comparison_settings(length: int) -> list[Setting]:
         for algorithm, steps, rules in (
             ("data", [0], ((None, None, None),)),
             ("base", all_steps, BASE_RULES),
-            ("base", few_steps, HOT_BASE_RULES),
-            ("conthendisc", few_steps, LATENT_RULES),
-            ("conwithindisc", few_steps, LATENT_RULES),
-            ("oracle", few_steps, LATENT_RULES),
+            ("base", few_steps, (HOT_BASE_RULE,)),
+            ("conthendisc", few_steps, (COARSE, WHOLE)),
+            ("conwithindisc", few_steps, (COARSE,)),
+            ("oracle", few_steps, (WHOLE,)),
         )
         for order, temperature, num_registers in rules
         for num_steps in steps
@@ -289,8 +290,8 @@ def example_texts(table: Comparison) -> dict[str, list[str]]:
         "held-out data": Setting("data", 0, None, None, None, SEEDS[0]),
         f"base, {length} calls": Setting("base", length, *BASE_RULES[0], SEEDS[0]),
         f"base, {few} calls": Setting("base", few, *BASE_RULES[0], SEEDS[0]),
-        f"ConThenDisc, {few} calls": Setting("conthendisc", few, *LATENT_RULES[0], SEEDS[0]),
-        f"ConWithinDisc, {few} calls": Setting("conwithindisc", few, *LATENT_RULES[0], SEEDS[0]),
+        f"ConThenDisc, {few} calls": Setting("conthendisc", few, *COARSE, SEEDS[0]),
+        f"ConWithinDisc, {few} calls": Setting("conwithindisc", few, *COARSE, SEEDS[0]),
     }
     return {label: table.write(setting).texts[:4] for label, setting in chosen.items()}
 

@@ -58,9 +58,7 @@ def llada_options(name: str, llada: Path) -> list[str]:
     if "prior" not in name:
         settings["model.init_args.pretrained.path"] = llada
     if "autoencoder" in name:
-        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-        sizes |= {"head_dim": 8, "intermediate_size": 24}
-        settings |= {f"model.init_args.encoder.{key}": value for key, value in sizes.items()}
+        settings["model.init_args.encoder.path"] = llada
     return [f"--{key}={value}" for key, value in settings.items()]
 
 

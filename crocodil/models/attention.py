@@ -66,7 +66,12 @@ def add_register_gates(network: PreTrainedModel) -> list[nn.Parameter]:
 
     Args:
         network: a decoder without its head, of `REGISTER_ATTENTION`.
+
+    Raises:
+        ValueError: if the network attends in another way, which knows no gates.
     """
+    if (given := network.config._attn_implementation) != REGISTER_ATTENTION:
+        raise ValueError(f"register_gates need the default attn_implementation ({REGISTER_ATTENTION}), got {given}")
     gates = []
     for attention in (module for name, module in network.named_modules() if name.endswith("self_attn")):
         device = next(attention.parameters()).device

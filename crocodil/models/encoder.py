@@ -33,6 +33,10 @@ class RegisterEncoder(nn.Module):
         family: the record of `FAMILIES` whose conventions hold.
         lora: settings of `peft.LoraConfig`; None trains all weights.
         pretrained: where `network` came from; it is kept with the adapters instead of the frozen weights.
+
+    Attributes:
+        translate: from the demasker's token ids (B, L) to this network's own (B, M) and which of them are real, where
+            its tokenizer is another (`crocodil.data.retokenizer`); None where both read the same tokens.
     """
 
     forward_methods: ClassVar[tuple[str, ...]] = ("encode",)
@@ -70,6 +74,7 @@ class RegisterEncoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(num_registers, latent_dim, dtype=torch.float32))
         self.register_buffer("latent_std", torch.ones(num_registers, latent_dim, dtype=torch.float32))
 
+        self.translate: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
         self.lora: dict[str, Any] | None = None
         if lora is not None:
             self.with_lora(lora)
@@ -98,6 +103,8 @@ class RegisterEncoder(nn.Module):
 
     def encode(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Latents (B, K, D) before standardisation."""
+        if self.translate is not None and not token_ids.is_meta:  # on the meta device shapes are all that counts
+            token_ids, attention_mask = self.translate(token_ids)
         batch, length = token_ids.shape
         text = self.network.get_input_embeddings()(token_ids)
         registers = self.registers.flip(0).to(text.dtype).expand(batch, -1, -1)

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
+from crocodil.data.retokenizer import Retokenizer
 from crocodil.data.vocabulary import Vocabulary
 from crocodil.diffusion.gaussian import disturb
 from crocodil.diffusion.masking import (
@@ -112,6 +113,7 @@ class AutoencoderModule(CrocodilModule):
         super().__init__(optimizer, lr_scheduler, seed, compile, gradient_checkpointing)
         base = base_demasker(demasker_checkpoint, pretrained, vocabulary)
         self.demasker = base.with_latents(latent_dim, num_registers, register_spacing, register_gates)
+        self.encoder_source = encoder if isinstance(encoder, Pretrained) else None
         self.encoder = build_encoder(encoder, self.demasker)
         if lora is not None:
             self.demasker.with_lora(lora)
@@ -127,9 +129,20 @@ class AutoencoderModule(CrocodilModule):
         """The demasker's decoder and the network inside the encoder."""
         return [self.demasker.decoder, self.encoder.network]
 
+    def setup(self, stage: str) -> None:
+        """Lets a published encoder read the texts in its own tokens, if they are not the data's."""
+        if self.encoder_source is None:
+            return
+        codec = self.trainer.datamodule.codec  # type: ignore[attr-defined]
+        own = TextCodec.published(self.encoder_source.path, self.encoder_source.family)
+        if own.to_state() != codec.to_state():
+            self.encoder.translate = Retokenizer(codec, own)
+
     def network_configs(self) -> dict[str, Any]:
-        """Settings of both networks."""
-        return {"demasker": self.demasker.to_config(), "encoder": self.encoder.to_config()}
+        """Settings of both networks, and the encoder's own codec if it has one."""
+        translate = self.encoder.translate
+        own = translate.target.to_state() if isinstance(translate, Retokenizer) else None
+        return {"demasker": self.demasker.to_config(), "encoder": self.encoder.to_config(), "encoder_codec": own}
 
     def pipeline(self, codec: TextCodec) -> CrocodilPipeline:
         """Demasker and encoder: algorithm `masked`, and reconstruction."""

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from crocodil.data.codec import TextCodec
+from crocodil.data.retokenizer import Retokenizer
 from crocodil.evaluation.judge import build_judge
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
 from crocodil.modules.sharded_checkpoint import META_FILE, PlainReader, read_weights
@@ -127,6 +128,8 @@ class StageCheckpoint:
         """h_phi with its trained weights and statistics."""
         encoder = RegisterEncoder.from_config(self.networks["encoder"])
         self._load(encoder, "encoder.")
+        if own := self.networks.get("encoder_codec"):
+            encoder.translate = Retokenizer(self.codec, TextCodec.from_state(own))
         return encoder
 
     def prior(self) -> LatentPrior:

@@ -376,6 +376,13 @@ def test_an_encoder_reads_checkpoints_with_and_without_a_head(folder: Path, toke
         RegisterEncoder.from_pretrained(folder)
 
 
+def test_gates_need_the_attention_that_knows_them(folder: Path) -> None:
+    demasker = Demasker.from_pretrained(folder)
+    demasker.network.config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="register_gates need"):
+        demasker.with_latents(5, 4, register_gates=True)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_new_registers_leave_a_pretrained_network_as_it_is(folder: Path, token_ids: Tensor, masked: bool) -> None:
