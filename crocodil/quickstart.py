@@ -24,7 +24,7 @@ from crocodil.comparison import Comparison, Setting
 from crocodil.data import CanonicalFunctions
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation import report
-from crocodil.evaluation.verdict import verdict, verdict_sentences
+from crocodil.evaluation.verdict import latent_use_sentence, verdict, verdict_sentences
 from crocodil.modules.autoencoder import MASK_RATIOS, losses_by_mask_ratio
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
@@ -100,7 +100,8 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
     path = report.write_report(folder, comparison)
     # A table that is cut off tells nothing: where the width is unknown or too small, lines wrap instead.
     Console(stderr=True, width=max(console.width, TABLE_WIDTH)).print(report.results_table(comparison.rows))
-    for sentence in verdict_sentences(verdict(comparison.rows, comparison.length)):
+    sentences = verdict_sentences(verdict(comparison.rows, comparison.length))
+    for sentence in (*sentences, latent_use_sentence(comparison.latent_use)):
         console.print("- " + sentence)
     console.print(f"\ntable: {folder / 'results.json'}   report: {path}   pipeline: {folder / 'pipeline'}")
     console.print(f"write texts with it: crocodil sample --pipeline {folder / 'pipeline'}")

@@ -199,6 +199,25 @@ def verdict_sentences(items: list[Row]) -> list[str]:
     return [_say(item) for item in items]
 
 
+def latent_use_sentence(points: list[Row]) -> str:
+    """Says whether the demasker uses the true latents, won or lost.
+
+    Args:
+        points: `latent_use` of `report.Comparison`; ratios of at least 0.5 are told.
+    """
+    told = [point for point in points if point["mask_ratio"] >= 0.5]
+    halved = all(point["with_latents"] <= 0.5 * point["without_latents"] for point in told)
+    figures = ", ".join(
+        f"{number(point['with_latents'])} against {number(point['without_latents'])} at {point['mask_ratio']:g}"
+        for point in told
+    )
+    verb = "uses the sketch" if halved else "makes too little of the sketch"
+    return (
+        f"The demasker {verb}: the cross-entropy at masked positions, in nats, with the true latents against without, "
+        f"by the share of tokens masked: {figures}."
+    )
+
+
 def _say(item: Row) -> str:
     calls = f"{item['num_steps']} demasker call{'s' if item['num_steps'] > 1 else ''}"
     latent, base = item["latent"], item["base"]

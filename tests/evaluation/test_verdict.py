@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from crocodil.evaluation.verdict import MISSING, Row, summarise, verdict, verdict_sentences
+from crocodil.evaluation.verdict import MISSING, Row, latent_use_sentence, summarise, verdict, verdict_sentences
 
 
 def at(budget: int, rows: list[Row]) -> Row:
@@ -205,3 +205,15 @@ def test_missing_numbers_win_nothing(data: Row, base: Row, latent: Row) -> None:
     assert not at(8, [base, latent])["entropy_kept"]
     unparsed = base | {"temperature": 1.5, "parse_rate": math.nan}
     assert at(8, [data, unparsed, base, latent])["base"]["temperature"] == 1.0
+
+
+def test_the_use_of_latents_is_told_won_or_lost() -> None:
+    used = [
+        {"mask_ratio": r, "with_latents": 0.1, "without_latents": w} for r, w in ((0.1, 0.11), (0.5, 0.2), (1.0, 2.5))
+    ]
+    sentence = latent_use_sentence(used)
+    assert "uses the sketch" in sentence and "0.10 against 0.20 at 0.5, 0.10 against 2.50 at 1." in sentence
+    assert "at 0.1" not in sentence
+    assert "too little" in latent_use_sentence(
+        [*used, {"mask_ratio": 0.7, "with_latents": 0.6, "without_latents": 1.1}]
+    )

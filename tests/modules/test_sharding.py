@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from crocodil_callbacks import SampleTexts
-from lightning import Trainer
 from torch import nn
 
 from crocodil.cli import run
@@ -49,6 +47,7 @@ model:
 """
 ONE = ["--data.init_args.batch_size=16"]
 TWO = ["--data.init_args.batch_size=8", "--trainer.strategy=fsdp2", "--trainer.devices=2"]
+SAMPLES = ["--trainer.callbacks+=SampleTexts", "--trainer.callbacks.num_samples=2", "--trainer.callbacks.num_steps=2"]
 MUON = ["--model.init_args.optimizer=crocodil.modules.optimizers.MuonAdamW"]
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:Checkpoint dir", "ignore:The dirpath")
 
@@ -82,10 +81,16 @@ def losses(folder: Path) -> dict[int, float]:
     return train | {-int(row["step"]): float(row["val_loss"]) for row in rows if row.get("val_loss")}
 
 
+def texts(folder: Path) -> dict[str, str]:
+    """What the stage wrote at the last validation."""
+    return {path.name: path.read_text() for path in (folder / "samples").glob("step-000020-*.txt")}
+
+
 def assert_same_run(folder: Path, truth: Path, first: int = 0, atol: float = 1e-5) -> None:
     expected = {step: value for step, value in losses(truth).items() if abs(step) >= first}
     assert len(expected) == 20 - first + 2 - first // 10
     assert losses(folder) == pytest.approx(expected, rel=0, abs=atol)
+    assert texts(folder) == texts(truth)
 
 
 def assert_same_weights(folder: Path, truth: Path, stage: str, prefix: str) -> None:
@@ -99,7 +104,8 @@ def assert_same_weights(folder: Path, truth: Path, stage: str, prefix: str) -> N
 def truth(tiny_system: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The autoencoder stage in one process."""
     folder = tmp_path_factory.mktemp("truth")
-    run_trainer(arguments(tiny_system, "autoencoder", folder, *ONE))
+    run_trainer(arguments(tiny_system, "autoencoder", folder, *ONE, *SAMPLES))
+    assert list(texts(folder)) == ["step-000020-reconstruction.txt"]
     return folder
 
 
@@ -123,7 +129,8 @@ def killed(tiny_system: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resumed(tiny_system: Any, killed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two new processes go on from there to step 20."""
     folder = tmp_path_factory.mktemp("resumed")
-    finish(start(arguments(tiny_system, "autoencoder", folder, *TWO, f"--ckpt_path={killed / 'step=10.ckpt'}")))
+    options = [*TWO, *SAMPLES, f"--ckpt_path={killed / 'step=10.ckpt'}"]
+    finish(start(arguments(tiny_system, "autoencoder", folder, *options)))
     return folder
 
 
@@ -207,20 +214,14 @@ def test_blocks_are_those_of_the_transformers(
     assert list(blocks(prior)) == list(prior.blocks)
 
 
-def test_callbacks_that_need_whole_networks_are_refused(tiny_system: Any, tmp_path: Path) -> None:
-    trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, default_root_dir=tmp_path)
-    with pytest.raises(ValueError, match="SampleTexts needs whole networks"):
-        SampleTexts().setup(trainer, tiny_system.module("demasker"), "fit")
-
-
 # every stage and every way to start
 
 STAGES = [
-    ("demasker", []),
+    ("demasker", SAMPLES),
     ("demasker", ["--model.init_args.loss_weight=elbo"]),
-    ("demasker", MUON),
+    ("demasker", [*MUON, *SAMPLES]),
     ("autoencoder", ["--model.init_args.lora.r=2", "--model.init_args.gradient_checkpointing=true"]),
-    ("prior", MUON),
+    ("prior", [*MUON, *SAMPLES]),
     ("judge", []),
 ]
 
@@ -232,7 +233,7 @@ def test_a_stage_trains_and_goes_on_as_in_one_process(
 ) -> None:
     run_trainer(arguments(tiny_system, stage, tmp_path / "truth", *ONE, *options))
     finish(start(arguments(tiny_system, stage, tmp_path / "whole", *TWO, *options)))
-    atol = 1e-4 if options == MUON else 1e-5  # Muon iterates in bfloat16
+    atol = 1e-4 if MUON[0] in options else 1e-5  # Muon iterates in bfloat16
     assert_same_run(tmp_path / "whole", tmp_path / "truth", atol=atol)
     resume = [*options, f"--ckpt_path={tmp_path / 'whole' / 'step=10.ckpt'}"]
     finish(start(arguments(tiny_system, stage, tmp_path / "resumed", *TWO, *resume)))
@@ -241,7 +242,7 @@ def test_a_stage_trains_and_goes_on_as_in_one_process(
 
 @pytest.mark.slow
 def test_torchrun_starts_it_too(killed: Path, truth: Path, tiny_system: Any, tmp_path: Path) -> None:
-    options = [*TWO, f"--ckpt_path={killed / 'step=10.ckpt'}"]
+    options = [*TWO, *SAMPLES, f"--ckpt_path={killed / 'step=10.ckpt'}"]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
     finish(start(arguments(tiny_system, "autoencoder", tmp_path, *options), *launcher))
     assert_same_run(tmp_path, truth, first=10)
@@ -249,7 +250,7 @@ def test_torchrun_starts_it_too(killed: Path, truth: Path, tiny_system: Any, tmp
 
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on(killed: Path, truth: Path, tiny_system: Any, tmp_path: Path) -> None:
-    options = [*ONE, "--trainer.strategy=fsdp2", "--trainer.devices=1", f"--ckpt_path={killed / 'step=10.ckpt'}"]
+    options = [*ONE, *SAMPLES, "--trainer.strategy=fsdp2", f"--ckpt_path={killed / 'step=10.ckpt'}"]
     finish(start(arguments(tiny_system, "autoencoder", tmp_path, *options)))
     assert_same_run(tmp_path, truth, first=10)
 
@@ -265,7 +266,7 @@ def test_half_precision_stays_close(precision: str, tiny_system: Any, tmp_path: 
 
 @pytest.mark.slow
 def test_compiled_networks_are_sharded(tiny_system: Any, truth: Path, tmp_path: Path) -> None:
-    finish(start(arguments(tiny_system, "autoencoder", tmp_path, *TWO, "--model.init_args.compile=true")))
+    finish(start(arguments(tiny_system, "autoencoder", tmp_path, *TWO, *SAMPLES, "--model.init_args.compile=true")))
     assert_same_run(tmp_path, truth)
 
 
