@@ -83,12 +83,9 @@ def peak_bytes(step: Step, device: str) -> int:
         held = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - held
-    with (
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-        profiler.stop()
+    with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]

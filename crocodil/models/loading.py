@@ -118,7 +118,7 @@ def fill(
     """
     open_slots = {name: slot for name, slot in _slots(network) if slot[1] != new_parts}
     left_over: list[str] = []
-    for name, tensor in _outlines(network, source) if is_weightless() else tensors:
+    for name, tensor in _outlines(dict(open_slots), source) if is_weightless() else tensors:
         if name not in open_slots:
             left_over.append(name)
             continue
@@ -148,12 +148,12 @@ def _slots(network: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
                 yield name.replace(".base_layer.", "."), (module, leaf)
 
 
-def _outlines(network: nn.Module, source: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the shape of all slots, in the dtype that the checkpoint tells, with no meaning."""
+def _outlines(slots: Mapping[str, tuple[nn.Module, str]], source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the shape of the slots, in the dtype that the checkpoint tells, with no meaning."""
     config = published_config(source)
     config = config.get("network", config)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    for name, (module, leaf) in _slots(network):
+    for name, (module, leaf) in slots.items():
         shape = getattr(module, "quantized_shape", None) if leaf == "weight" else None
         current = getattr(module, leaf)
         yield name, torch.empty(shape or current.shape, dtype=dtype if current.is_meta else current.dtype)

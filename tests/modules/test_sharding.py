@@ -243,7 +243,7 @@ def test_a_stage_trains_and_goes_on_as_in_one_process(
 @pytest.mark.slow
 def test_torchrun_starts_it_too(killed: Path, truth: Path, tiny_system: Any, tmp_path: Path) -> None:
     options = [*TWO, *SAMPLES, f"--ckpt_path={killed / 'step=10.ckpt'}"]
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     finish(start(arguments(tiny_system, "autoencoder", tmp_path, *options), *launcher))
     assert_same_run(tmp_path, truth, first=10)
 
