@@ -13,7 +13,6 @@ from crocodil.evaluation.metrics import parse_rate, unigram_entropy, unique_rate
 from crocodil.modules import AutoencoderModule, CrocodilModule, PriorModule
 from crocodil.pipeline import ALGORITHMS
 from crocodil.samplers import MaskedSampler
-from crocodil.samplers.unmasking import Remasking
 
 Algorithm = Literal["masked", "conthendisc", "conwithindisc", "reconstruction"]
 
@@ -46,7 +45,7 @@ class SampleTexts(L.Callback):
         num_samples: int = 8,
         num_steps: int = 8,
         every_n_validations: int = 1,
-        remasking: Remasking = "low_confidence",
+        remasking: str = "low_confidence",
         temperature: float = 0.7,
         prior_steps: int = 16,
         seed: int = 0,
@@ -57,6 +56,7 @@ class SampleTexts(L.Callback):
         self.algorithms = algorithms
         self.num_samples = num_samples
         self.every_n_validations = every_n_validations
+        self.remasking = remasking
         self.sampler = MaskedSampler(num_steps, remasking=remasking, temperature=temperature)
         self.prior_steps = prior_steps
         self.seed = seed
@@ -95,8 +95,8 @@ class SampleTexts(L.Callback):
             algorithm,
             self.sampler.num_steps,
             seed=self.seed,
-            remasking=self.sampler.remasking,
-            temperature=self.sampler.temperature,
+            remasking=self.remasking,
+            temperature=self.sampler.distribution.temperature,
             prior_steps=self.prior_steps,
         )
         return result.texts, result.token_ids, result.cost.nfe

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline, LatentProcess
-from crocodil.samplers.masked import ProgressCallback
+from crocodil.samplers.protocols import ProgressCallback
 
 
 def sample(

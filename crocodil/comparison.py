@@ -17,7 +17,6 @@ from crocodil.evaluation.judge import judge_texts
 from crocodil.evaluation.metrics import frechet_distance, parse_rate, unigram_entropy, unique_rate
 from crocodil.pipeline import Algorithm, CrocodilPipeline
 from crocodil.samplers import MaskedSampler
-from crocodil.samplers.unmasking import Remasking
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Setting:
 
     algorithm: str
     num_steps: int
-    remasking: Remasking | None
+    remasking: str | None
     temperature: float | None
     num_registers: int | None
     seed: int
@@ -47,7 +46,7 @@ class Samples:
 
     token_ids: Tensor
     texts: list[str]
-    calls: dict[str, int]
+    calls: dict[str, float]
     nfe: float
     seconds: float
 
@@ -182,7 +181,7 @@ class Comparison:
             generator=RowNoise((setting.seed << 32) + torch.arange(len(source))),
         )
         seconds = time.perf_counter() - start
-        calls = {**out.calls, "encoder": 1}
+        calls: dict[str, float] = {**out.calls, "encoder": 1}
         flops = self.pipeline.flops(source.shape[1], "conwithindisc", setting.num_registers)
         nfe = demasker_call_equivalents(calls, flops)
         return Samples(out.token_ids, self._decode(out.token_ids), calls, nfe, seconds)

@@ -1,11 +1,12 @@
 """A trained system as one folder, and text out of it."""
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,12 +17,12 @@ from crocodil.data.codec import TextCodec
 from crocodil.data.retokenizer import Retokenizer
 from crocodil.diffusion.gaussian import PredictionType, TangentSchedule
 from crocodil.diffusion.noise import RowNoise
-from crocodil.evaluation.cost import Cost, demasker_call_equivalents, network_flops, synchronised
+from crocodil.evaluation.cost import Cost, bill, network_flops
+from crocodil.evaluation.stopwatch import Stopwatch
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
 from crocodil.samplers import ConThenDisc, ConWithinDisc, LatentSampler, MaskedSampler, SampleOutput
 from crocodil.samplers.latent import Solver
-from crocodil.samplers.masked import ProgressCallback
-from crocodil.samplers.unmasking import Remasking
+from crocodil.samplers.protocols import ProgressCallback, StepCallback
 
 Algorithm = Literal["masked", "conthendisc", "conwithindisc"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
@@ -94,6 +95,7 @@ class CrocodilPipeline:
         self.prior = prior
         self.latent_process = latent_process or LatentProcess()
         self.base = base
+        self.is_compiled = False
         for network in self.networks().values():
             network.eval()
 
@@ -113,6 +115,16 @@ class CrocodilPipeline:
             network.to(device)
         return self
 
+    def compile(self) -> "CrocodilPipeline":
+        """Compiles all networks, in place; on a GPU the prior's steps become CUDA graphs.
+
+        The first texts of each length and batch size then take minutes.
+        """
+        for name, network in self.networks().items():
+            network.compile(mode="reduce-overhead" if name == "prior" and self.device.type == "cuda" else None)
+        self.is_compiled = True
+        return self
+
     def __call__(
         self,
         num_samples: int = 1,
@@ -122,17 +134,17 @@ class CrocodilPipeline:
         prompts: str | Sequence[str] | None = None,
         seed: int = 0,
         *,
-        remasking: Remasking = "low_confidence",
-        temperature: float = 0.7,
-        block_size: int | None = None,
         num_registers: int | None = None,
         prior_steps: int = 32,
         refresh_steps: Sequence[int] | None = None,
         refresh_prior_steps: int = 8,
         solver: Solver = "dpmpp_2m",
-        guidance_scale: float = 1.0,
+        prior_guidance_scale: float = 1.0,
+        stop: str | Sequence[str] | None = None,
         batch_size: int = 64,
         progress: ProgressCallback | None = None,
+        on_step: StepCallback | None = None,
+        **sampler: Any,
     ) -> PipelineResult:
         """Writes texts.
 
@@ -141,22 +153,25 @@ class CrocodilPipeline:
             length: tokens to write behind the prompt; None fills the longest text the demasker reads.
             algorithm: "masked" (the plain model), "conthendisc" or "conwithindisc".
             num_steps: demasker calls a text.
-            prompts: one text or several, kept in front of what is written; None for none.
+            prompts: one text or several, of any lengths, kept in front of what is written; None for none. A prior that
+                was trained with conditions is told of them.
             seed: sample i draws from the stream of `seed` and i alone, whatever the batch size.
-            remasking: which positions are committed first; see `MaskedSampler`.
-            temperature: of the drawn tokens; see `MaskedSampler`.
-            block_size: see `MaskedSampler`.
             num_registers: registers the demasker reads, the first k of K; None for all.
             prior_steps: steps of the prior for the first draw.
-            refresh_steps: see `ConWithinDisc`; with prompts the default adds step 0, which tells the prior of them.
+            refresh_steps: see `ConWithinDisc`.
             refresh_prior_steps: steps of the prior for the later draws.
             solver: see `LatentSampler`.
-            guidance_scale: of conditional draws; 1.0 is off.
+            prior_guidance_scale: of conditional draws of the prior; 1.0 is off.
+            stop: texts are cut before the first of these strings behind the prompt.
             batch_size: texts written at once.
             progress: called as `progress(network, done, total)` over all batches.
+            on_step: called after each step of each batch; see `StepEvent`.
+            sampler: further arguments of `MaskedSampler`: `remasking`, `temperature` (here 0.7 if not given),
+                `block_size`, `top_p`, `top_k`, `eos`, `early_stop`, `guidance_scale`, `guided_by`, `cache`.
 
         Raises:
             ValueError: if a setting is out of range or the pipeline lacks a network the algorithm needs.
+            FloatingPointError: if the demasker returns something that is no distribution.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -167,41 +182,54 @@ class CrocodilPipeline:
         prompt_ids = self._prompt_ids(prompts, num_samples)
         length = self._checked_length(length, max(map(len, prompt_ids)))
         self._check_networks(algorithm, num_registers)
-        sampler = MaskedSampler(num_steps, block_size, remasking, temperature)
-        if refresh_steps is None and prompts is not None:
-            refresh_steps = sorted({0, num_steps // 2})
+        stopwatch = Stopwatch(self.device)
         draw = self._sampler(
             algorithm,
-            sampler,
-            self._latent_sampler(prior_steps, solver, guidance_scale),
-            self._latent_sampler(refresh_prior_steps, solver, guidance_scale),
+            masked_sampler(num_steps, static_shapes=self.is_compiled, **sampler),
+            self._latent_sampler(prior_steps, solver, prior_guidance_scale),
+            self._latent_sampler(refresh_prior_steps, solver, prior_guidance_scale),
             refresh_steps,
             num_registers,
+            stopwatch,
         )
-        start = synchronised(time.perf_counter, self.device)
-        rows: list[Tensor | None] = [None] * len(prompt_ids)
-        calls: dict[str, int] = {}
+        rows: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
+        calls: Counter[str] = Counter()
         for batch in batches(prompt_ids, batch_size):
             seeds = torch.tensor([(seed << 32) + i for i in batch])
             out = draw(
                 length=length,
                 batch_size=len(batch),
-                prompt_ids=torch.tensor([prompt_ids[i] for i in batch], dtype=torch.int64),
+                prompt_ids=[torch.tensor(prompt_ids[i], dtype=torch.int64) for i in batch] if prompts else None,
                 generator=RowNoise(seeds.to(self.device)),
                 progress=progress,
+                on_step=on_step,
             )
-            calls = out.calls
+            calls.update({name: count * len(batch) for name, count in out.calls.items()})
             for i, row in zip(batch, out.token_ids.cpu(), strict=True):
-                rows[i] = row
-        seconds = synchronised(time.perf_counter, self.device) - start
-        token_ids = nn.utils.rnn.pad_sequence(
-            [row for row in rows if row is not None], batch_first=True, padding_value=self.demasker.eos_token_id
-        )
-        return PipelineResult(
-            texts=[self.codec.decode(row) for row in token_ids],
-            token_ids=token_ids,
-            cost=self._cost(token_ids.shape[1], algorithm, num_registers, calls, seconds, len(rows) * length),
-        )
+                rows[i] = row[: len(prompt_ids[i]) + length]
+        seconds = stopwatch.read()
+        texts, num_tokens = self._texts(rows, prompt_ids, [stop] if isinstance(stop, str) else stop or [])
+        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.demasker.eos_token_id)
+        mean_calls = {name: count / len(rows) for name, count in calls.items()}
+        windows = [int(name[len("demasker[") : -1]) for name in calls if name.startswith("demasker[")]
+        flops = self.flops(token_ids.shape[1], algorithm, num_registers, windows)
+        cost = bill(mean_calls, flops, seconds, num_tokens, len(rows))
+        return PipelineResult(texts, token_ids, cost)
+
+    def _texts(
+        self, rows: Sequence[Tensor], prompt_ids: Sequence[Sequence[int]], stops: Sequence[str]
+    ) -> tuple[list[str], int]:
+        """The texts, each cut at its first stop token or string, and how many tokens were written up to there."""
+        stop_ids = torch.tensor(self.demasker.stop_token_ids)
+        texts, num_tokens = [], 0
+        for row, prompt in zip(rows, prompt_ids, strict=True):
+            is_stop = torch.isin(row[len(prompt) :], stop_ids)
+            written = int(is_stop.int().argmax()) if is_stop.any() else len(is_stop)
+            num_tokens += written + bool(is_stop.any())
+            text, behind = self.codec.decode(row[: len(prompt) + written]), len(self.codec.decode(torch.tensor(prompt)))
+            found = [at for stop in stops if (at := text.find(stop, behind)) >= 0]
+            texts.append(text[: min(found, default=len(text))])
+        return texts, num_tokens
 
     def _prompt_ids(self, prompts: str | Sequence[str] | None, num_samples: int) -> list[list[int]]:
         """One list of token ids for each text to write: nothing, or BOS and the prompt."""
@@ -258,37 +286,31 @@ class CrocodilPipeline:
         later: LatentSampler,
         refresh_steps: Sequence[int] | None,
         num_registers: int | None,
+        stopwatch: Stopwatch,
     ) -> Callable[..., SampleOutput]:
         """The chosen algorithm with its networks, to be called with what changes from batch to batch."""
+        timed = {name: stopwatch.timed(name, network) for name, network in self.networks().items()}
         if algorithm == "masked":
-            return partial(sampler.sample, self.base or self.demasker, device=self.device)
-        assert self.prior is not None and self.encoder is not None
+            plain = stopwatch.timed("demasker", self.base or self.demasker)
+            return partial(sampler.sample, plain, device=self.device)
+        demasker, prior, encoder = timed["demasker"], timed["prior"], timed["encoder"]
         if algorithm == "conthendisc":
             then = ConThenDisc(sampler, first, num_registers)
-            return partial(then.sample, self.demasker, self.prior, device=self.device)
+            reader = encoder if self.latent_process.conditional else None
+            return partial(then.sample, demasker, prior, reader, device=self.device)
         within = ConWithinDisc(sampler, first, later, refresh_steps, num_registers)
-        return partial(within.sample, self.demasker, self.prior, self.encoder, device=self.device)
+        return partial(within.sample, demasker, prior, encoder, device=self.device)
 
-    def flops(self, length: int, algorithm: Algorithm, num_registers: int | None = None) -> dict[str, int]:
-        """FLOPs of one call of each network the algorithm uses; `length` counts the prompt."""
+    def flops(
+        self, length: int, algorithm: Algorithm, num_registers: int | None = None, windows: Iterable[int] = ()
+    ) -> dict[str, int]:
+        """FLOPs of one call of each network the algorithm uses; `length` counts the prompt. See `network_flops`."""
         unit = self.base or self.demasker
         if algorithm == "masked":
-            return network_flops(length, unit)
+            return network_flops(length, unit, windows=windows)
         assert self.prior is not None
         registers = num_registers or self.prior.num_registers
-        return network_flops(length, self.demasker, registers, self.prior, self.encoder, unit)
-
-    def _cost(
-        self,
-        length: int,
-        algorithm: Algorithm,
-        num_registers: int | None,
-        calls: dict[str, int],
-        seconds: float,
-        num_tokens: int,
-    ) -> Cost:
-        flops = self.flops(length, algorithm, num_registers)
-        return Cost(demasker_call_equivalents(calls, flops), seconds, num_tokens / seconds, calls, flops)
+        return network_flops(length, self.demasker, registers, self.prior, self.encoder, unit, windows)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the pipeline as safetensors, tokenizer files and `crocodil.json`.
@@ -338,9 +360,19 @@ class CrocodilPipeline:
         )
 
 
+def masked_sampler(num_steps: int, **settings: Any) -> MaskedSampler:
+    """A sampler of texts; see `MaskedSampler`.
+
+    Raises:
+        ValueError: if there is no such setting, or one is out of range.
+    """
+    known = signature(MaskedSampler).parameters
+    if unknown := sorted(settings.keys() - known):
+        raise ValueError(f"there is no setting {', '.join(unknown)}; those of the sampler are {', '.join(known)}")
+    return MaskedSampler(num_steps, **{"temperature": 0.7, **settings})
+
+
 def batches(prompt_ids: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Indices of texts in batches whose prompts are equally long, so that no row is padded."""
-    by_length: dict[int, list[int]] = {}
-    for i, ids in enumerate(prompt_ids):
-        by_length.setdefault(len(ids), []).append(i)
-    return [rows[at : at + batch_size] for rows in by_length.values() for at in range(0, len(rows), batch_size)]
+    """Indices of texts in batches of prompts of like lengths, so that little is padded."""
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    return [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

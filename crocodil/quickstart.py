@@ -30,13 +30,12 @@ from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.samplers import MaskedSampler
-from crocodil.samplers.unmasking import Remasking
 from crocodil.trainer_cli import run_trainer
 
 SEEDS = (0, 1, 2)
 TABLE_WIDTH = 120
 PRIOR_STEPS, REFRESH_PRIOR_STEPS = 8, 8
-Rule = tuple[Remasking, float, int | None]
+Rule = tuple[str, float, int | None]
 """Order, temperature, and how many registers are read (None for all)."""
 BASE_RULES: tuple[Rule, ...] = (("random", 1.0, None), ("low_confidence", 0.7, None))
 HOT_BASE_RULE: Rule = ("random", 3.0, None)

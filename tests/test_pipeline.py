@@ -125,8 +125,8 @@ def test_ragged_prompts_do_not_touch_one_another(algorithm: str, tiny_pipeline: 
     assert torch.equal(ragged[0, : len(alone)], alone)
 
 
-def test_prompts_of_one_length_share_batches() -> None:
-    assert batches([[1], [1, 2], [3], [4, 5], [6]], 2) == [[0, 2], [4], [1, 3]]
+def test_prompts_of_like_lengths_share_batches() -> None:
+    assert batches([[1], [1, 2], [3], [4, 5], [6]], 2) == [[0, 2], [4, 1], [3]]
     assert batches([[]] * 5, 4) == [[0, 1, 2, 3], [4]]
 
 
@@ -152,7 +152,7 @@ def test_masked_samples_from_the_base(tiny_pipeline: CrocodilPipeline, plain: Cr
         ("prior", "conthendisc", {"prior_steps": 2}),
         ("prior", "conthendisc", {"solver": "ddim"}),
         ("prior", "conwithindisc", {"refresh_prior_steps": 4}),
-        ("prior", "conwithindisc", {"guidance_scale": 3.0}),
+        ("prior", "conwithindisc", {"prior_guidance_scale": 3.0}),
         ("encoder", "conwithindisc", {"refresh_steps": [1]}),
         ("demasker", "conthendisc", {"num_steps": 8}),
         ("base", "masked", {"block_size": 16}),
@@ -188,12 +188,15 @@ def test_settings_change_the_texts(change: dict[str, Any], tiny_pipeline: Crocod
 
 def test_the_cost_of_a_run(tiny_pipeline: CrocodilPipeline) -> None:
     cost = tiny_pipeline(3, 10, "conwithindisc", prompts=["def f("], **FEW).cost
-    assert cost.seconds > 0 and cost.tokens_per_second == pytest.approx(3 * 10 / cost.seconds)
+    assert cost.seconds > 0 and 0 < cost.tokens_per_second <= 3 * 10 / cost.seconds
     assert cost.calls == {"demasker": 4, "prior": 4, "encoder": 2}
     assert cost.flops.keys() == {"unit", "demasker", "prior", "encoder"}
     longer = tiny_pipeline(1, 20, "conwithindisc", prompts=["def f("], **FEW).cost
     assert longer.flops["demasker"] > cost.flops["demasker"]
-    assert cost.to_dict().keys() == {"nfe", "seconds", "tokens_per_second", "calls", "flops"}
+    parts = cost.seconds_by_part
+    assert parts.keys() == {"demasker", "prior", "encoder", "sampling"}
+    assert all(part > 0 for part in parts.values()) and sum(parts.values()) == pytest.approx(cost.seconds)
+    assert 0 < cost.tokens_per_call <= 10 / 4
     json.dumps(cost.to_dict())
 
 

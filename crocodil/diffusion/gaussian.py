@@ -108,4 +108,5 @@ def disturb(latents: Tensor, noise: Tensor, noise_std: float | Tensor) -> Tensor
 
 
 def _expand(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    value = value.to(like.dtype)
+    return value.view(-1, *[1] * (like.ndim - 1)) if value.ndim else value

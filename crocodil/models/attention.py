@@ -9,6 +9,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from crocodil.models.key_values import KeyValues
+
 REGISTER_ATTENTION = "crocodil_registers"
 
 
@@ -21,6 +23,8 @@ def register_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     num_registers: int = 0,
+    registers_read_text: bool = True,
+    cache: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention, both ways, over K registers followed by L text tokens.
@@ -32,29 +36,49 @@ def register_attention(
 
     Args:
         module: the attention layer.
-        query: (B, heads, K + L, head_dim), already rotated, possibly in a wider dtype than `value`.
-        key: (B, key heads, K + L, head_dim), likewise.
-        value: (B, key heads, K + L, head_dim).
-        attention_mask: (B, 1, K + L, K + L) bool or float as transformers prepares it, or None.
+        query: (B, heads, K + L, head_dim), already rotated, possibly in a wider dtype than `value`; with a filled cache
+            (B, heads, M, head_dim), of text positions only.
+        key: (B, key heads, K + L or M, head_dim), likewise.
+        value: (B, key heads, K + L or M, head_dim).
+        attention_mask: (B, 1, 1 or K + L, K + L) bool or float as transformers prepares it, or None.
         dropout: probability that an attention weight is dropped.
         scaling: of the scores; None for 1 / sqrt(head_dim).
         num_registers: K.
+        registers_read_text: registers attend to the text; if not, to one another alone.
+        cache: takes keys and values, or gives those that are not computed in this call.
         kwargs: what transformers passes on to any attention function.
 
     Returns:
-        (B, K + L, heads, head_dim), and None for the weights.
+        (B, K + L or M, heads, head_dim), and None for the weights.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
+    is_whole = cache is None or cache.places is None
+    if cache is not None:
+        key, value = cache.merge(module.layer_idx, key, value)  # type: ignore[arg-type]
     options = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": False}
-    out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def attend(queries: slice, keys: slice) -> Tensor:
+        mask = attention_mask
+        if mask is not None:
+            mask = mask[..., queries if mask.shape[2] > 1 else slice(None), keys]
+        parts = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        return sdpa_attention_forward(module, *parts, mask, **options)[0]
+
+    everything, registers, text = slice(None), slice(num_registers), slice(num_registers, None)
+    asking = text if is_whole else everything  # the queries of the text
     gate = getattr(module, "register_gate", None)
-    if gate is None or not num_registers:
-        return out, None
-    query, key, value = (part[:, :, num_registers:] for part in (query, key, value))
-    text_mask = None if attention_mask is None else attention_mask[..., num_registers:, num_registers:]
-    text, _ = sdpa_attention_forward(module, query, key, value, text_mask, **options)
-    gated = torch.lerp(text, out[:, num_registers:], gate.to(text.dtype)[:, None])
-    return torch.cat([out[:, :num_registers], gated], dim=1), None
+    if not num_registers or (gate is None and (registers_read_text or not is_whole)):
+        return attend(everything, everything), None
+    if registers_read_text and is_whole:
+        heard = attend(everything, everything)
+        of_registers, of_text = heard[:, registers], heard[:, text]
+    else:
+        of_text = attend(asking, everything)
+        of_registers = attend(registers, registers) if is_whole else of_text[:, :0]
+    if gate is not None:
+        alone = attend(asking, text)
+        of_text = torch.lerp(alone, of_text, gate.to(alone.dtype)[:, None])
+    return torch.cat([of_registers, of_text], dim=1), None
 
 
 AttentionInterface.register(REGISTER_ATTENTION, register_attention)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from crocodil.diffusion.cross_entropy import chunked_nats, weighted_cross_entropy
-from crocodil.models.attention import add_register_gates
+from crocodil.models.attention import REGISTER_ATTENTION, add_register_gates
 from crocodil.models.backbone import FAMILIES, network_config
 from crocodil.models.folders import is_own, load_network, save_network
+from crocodil.models.key_values import KeyValues, additive_mask
 from crocodil.models.positions import add_register_axis, join_masks, positions_with_registers, text_positions
 from crocodil.models.pretrained import Checkpoint, Pretrained, build_empty, load_weights
 
@@ -32,6 +33,8 @@ class Demasker(nn.Module):
         register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
         register_gates: registers are heard through gates that start at zero (`register_attention`), so that adding
             them leaves a pretrained network as it is.
+        registers_read_text: registers attend to the text, as any prefix does. If not, what they become does not depend
+            on the text, and samplers compute it once for each draw of the latents.
         lora: settings of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None trains all weights.
         pretrained: where `network` came from; it is kept with the adapters instead of the frozen weights.
 
@@ -53,6 +56,7 @@ class Demasker(nn.Module):
         num_registers: int | None = None,
         register_spacing: float = 0.0,
         register_gates: bool = False,
+        registers_read_text: bool = True,
         lora: Mapping[str, Any] | None = None,
         pretrained: Pretrained | None = None,
     ) -> None:
@@ -74,9 +78,10 @@ class Demasker(nn.Module):
         self.num_registers: int | None = None
         self.register_spacing = register_spacing
         self.register_gates = False
+        self.registers_read_text = True
         self.register_proj: nn.Linear | None = None
         if latent_dim is not None and num_registers is not None:
-            self.with_latents(latent_dim, num_registers, register_spacing, register_gates)
+            self.with_latents(latent_dim, num_registers, register_spacing, register_gates, registers_read_text)
         elif latent_dim is not None or num_registers is not None:
             raise ValueError(f"latent_dim and num_registers go together, got {latent_dim} and {num_registers}")
         self.lora: dict[str, Any] | None = None
@@ -106,6 +111,8 @@ class Demasker(nn.Module):
         *,
         latent_mask: Tensor | None = None,
         positions: Tensor | None = None,
+        cache: KeyValues | None = None,
+        window: Tensor | None = None,
     ) -> Tensor:
         """Logits of the clean tokens.
 
@@ -116,6 +123,9 @@ class Demasker(nn.Module):
             latent_mask: (B, K), 1 where a register may be attended to; None for all. A row of zeros is the row
                 without latents.
             positions: (B, M) int64, the text positions whose logits are wanted; None for all L.
+            cache: keys and values of all layers, which this call fills, or completes if a window is given.
+            window: (B, S) int64, neighbouring text positions, the only ones that are computed; `positions` must lie
+                within. What is outside is as it was when the cache was filled.
 
         Returns:
             (B, L, V) float logits, or (B, M, V) at `positions`.
@@ -123,8 +133,9 @@ class Demasker(nn.Module):
         Raises:
             ValueError: if the text is longer than the network allows or the latents do not fit it.
         """
-        states = self._states(token_ids, latents, attention_mask, latent_mask)
+        states = self._states(token_ids, latents, attention_mask, latent_mask, cache, window)
         if positions is not None:
+            positions = positions if window is None else positions - window[:, :1]
             states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
         return self.network.get_output_embeddings()(states)
 
@@ -186,28 +197,49 @@ class Demasker(nn.Module):
         latents: Tensor | None = None,
         attention_mask: Tensor | None = None,
         latent_mask: Tensor | None = None,
+        cache: KeyValues | None = None,
+        window: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads at each text position, (B, L, H)."""
+        """What the head reads at each text position, (B, L, H), or (B, S, H) in the window."""
         batch, length = token_ids.shape
         if length > self.max_length:
             raise ValueError(f"the demasker reads at most {self.max_length} tokens, got {length}")
-        embeddings = self.network.get_input_embeddings()(token_ids)
-        num_registers = 0
-        if latents is not None:
-            embeddings = torch.cat([self._registers(latents).to(embeddings.dtype), embeddings], dim=1)
-            num_registers = latents.shape[1]
-            latent_mask = None if latent_mask is None else latent_mask.flip(1)
+        shift = self.conventions.shift_logits  # position i is told at i - 1; the first keeps its own
         unpadded = attention_mask if self.conventions.skip_padding else None
+        position_ids = text_positions(length, token_ids.device, unpadded)
+        num_registers = 0 if latents is None else latents.shape[1]
+        if window is not None:
+            assert cache is not None and cache.is_filled, "a window needs a filled cache"
+            shown = torch.cat([(window[:, :1] - 1).clamp(min=0), window], dim=1) if shift else window
+            token_ids, position_ids = token_ids.gather(1, shown), position_ids.expand(batch, -1).gather(1, shown)
+        else:
+            position_ids = positions_with_registers(num_registers, position_ids)
+        if cache is not None:
+            self._require_own_attention("a cache")
+            cache.places = None if window is None else shown + num_registers
+        embeddings = self.network.get_input_embeddings()(token_ids)
+        if latents is not None and window is None:
+            embeddings = torch.cat([self._registers(latents).to(embeddings.dtype), embeddings], dim=1)
+        latent_mask = None if latent_mask is None else latent_mask.flip(1)
+        keys = join_masks(latent_mask, attention_mask, batch, (num_registers, length))
+        own = self.decoder.config._attn_implementation == REGISTER_ATTENTION
         states = self.decoder(
             inputs_embeds=embeddings,
-            attention_mask=join_masks(latent_mask, attention_mask, batch, (num_registers, length)),
-            position_ids=positions_with_registers(num_registers, text_positions(length, token_ids.device, unpadded)),
+            attention_mask=additive_mask(keys, embeddings.dtype) if own else keys,
+            position_ids=position_ids,
             use_cache=False,
             num_registers=num_registers,
-        ).last_hidden_state[:, num_registers:]
-        if self.conventions.shift_logits:  # position i is told at i - 1; the first keeps its own
-            states = torch.cat([states[:, :1], states[:, :-1]], dim=1)
-        return states
+            registers_read_text=self.registers_read_text,
+            cache=cache,
+        ).last_hidden_state
+        if window is not None:
+            return states[:, :-1] if shift else states
+        states = states[:, num_registers:]
+        return torch.cat([states[:, :1], states[:, :-1]], dim=1) if shift else states
+
+    def _require_own_attention(self, what: str) -> None:
+        if (given := self.decoder.config._attn_implementation) != REGISTER_ATTENTION:
+            raise ValueError(f"{what} needs the default attn_implementation ({REGISTER_ATTENTION}), got {given}")
 
     def _registers(self, latents: Tensor) -> Tensor:
         """Latents (B, K, D) as embeddings (B, K, H), the last register first.
@@ -224,7 +256,12 @@ class Demasker(nn.Module):
         return (projected + self.register_embedding[: shape[1]]).flip(1)
 
     def with_latents(
-        self, latent_dim: int, num_registers: int, register_spacing: float = 0.0, register_gates: bool = False
+        self,
+        latent_dim: int,
+        num_registers: int,
+        register_spacing: float = 0.0,
+        register_gates: bool = False,
+        registers_read_text: bool = True,
     ) -> "Demasker":
         """Adds the register path to a plain masked-diffusion model, in place, and returns it; see the constructor."""
         weight = next(self.network.get_input_embeddings().parameters())
@@ -237,10 +274,17 @@ class Demasker(nn.Module):
         self.register_proj = nn.Linear(latent_dim, width, device=device, dtype=dtype)
         self.register_embedding = nn.Parameter(torch.empty(num_registers, width, device=device, dtype=dtype))
         nn.init.normal_(self.register_embedding, std=0.2)
-        self.register_gates = register_gates
+        self.register_gates, self.registers_read_text = register_gates, registers_read_text
+        if not registers_read_text:
+            self._require_own_attention("registers_read_text=False")
         if register_gates:
             add_register_gates(self.decoder)
         return self
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens after which a text is over: the end token, and what else ends an answer in its family."""
+        return (self.eos_token_id, *self.conventions.stop_token_ids)
 
     def with_lora(self, settings: Mapping[str, Any]) -> "Demasker":
         """Freezes the network and adds LoRA adapters to it, in place; the register path stays free.
@@ -319,7 +363,7 @@ class Demasker(nn.Module):
             return cls(**settings)
         demasker = cls.from_pretrained(source["path"], source["family"], source["quantization"], source["dtype"])
         if settings["latent_dim"] is not None:
-            names = ("latent_dim", "num_registers", "register_spacing", "register_gates")
+            names = ("latent_dim", "num_registers", "register_spacing", "register_gates", "registers_read_text")
             demasker.with_latents(*(settings[name] for name in names))
         return demasker if settings["lora"] is None else demasker.with_lora(settings["lora"])
 
@@ -335,6 +379,7 @@ class Demasker(nn.Module):
             "num_registers": self.num_registers,
             "register_spacing": self.register_spacing,
             "register_gates": self.register_gates,
+            "registers_read_text": self.registers_read_text,
             "lora": self.lora,
             "pretrained": self.pretrained.to_dict() if self.pretrained and self.lora else None,
         }

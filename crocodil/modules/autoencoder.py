@@ -71,6 +71,7 @@ class AutoencoderModule(CrocodilModule):
         latent_dim: D.
         register_spacing: distance of the registers on the text axis, in tokens; see `TwoAxisRotary`.
         register_gates: see `Demasker`; for a pretrained base.
+        registers_read_text: see `Demasker`; false makes sampling cheaper.
         lora: settings of `peft.LoraConfig`, to train adapters of the demasker instead of all its weights; None for all.
         encoder_lora: likewise of the encoder.
         regularisation: what happens to the latents between encoder and demasker.
@@ -97,6 +98,7 @@ class AutoencoderModule(CrocodilModule):
         latent_dim: int = 32,
         register_spacing: float = 0.0,
         register_gates: bool = False,
+        registers_read_text: bool = True,
         lora: dict[str, Any] | None = None,
         encoder_lora: dict[str, Any] | None = None,
         regularisation: LatentRegularisation | None = None,
@@ -112,7 +114,9 @@ class AutoencoderModule(CrocodilModule):
     ) -> None:
         super().__init__(optimizer, lr_scheduler, seed, compile, gradient_checkpointing)
         base = base_demasker(demasker_checkpoint, pretrained, vocabulary)
-        self.demasker = base.with_latents(latent_dim, num_registers, register_spacing, register_gates)
+        self.demasker = base.with_latents(
+            latent_dim, num_registers, register_spacing, register_gates, registers_read_text
+        )
         self.encoder_source = encoder if isinstance(encoder, Pretrained) else None
         self.encoder = build_encoder(encoder, self.demasker)
         if lora is not None:

@@ -3,6 +3,7 @@
 from crocodil.samplers.conthendisc import ConThenDisc
 from crocodil.samplers.conwithindisc import ConWithinDisc
 from crocodil.samplers.latent import LatentSampler
-from crocodil.samplers.masked import MaskedSampler, SampleOutput
+from crocodil.samplers.masked import MaskedSampler
+from crocodil.samplers.protocols import SampleOutput, StepEvent
 
-__all__ = ["ConThenDisc", "ConWithinDisc", "LatentSampler", "MaskedSampler", "SampleOutput"]
+__all__ = ["ConThenDisc", "ConWithinDisc", "LatentSampler", "MaskedSampler", "SampleOutput", "StepEvent"]

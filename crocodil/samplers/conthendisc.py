@@ -4,18 +4,17 @@ import torch
 from torch import Tensor
 
 from crocodil.diffusion.noise import RowNoise
+from crocodil.samplers.canvas import Canvas, PromptIds
+from crocodil.samplers.decoding import Decoding
 from crocodil.samplers.latent import LatentSampler, PriorLike
-from crocodil.samplers.masked import (
-    DemaskerLike,
-    MaskedSampler,
-    ProgressCallback,
-    SampleOutput,
-    as_row_noise,
-)
+from crocodil.samplers.masked import MaskedSampler, as_row_noise
+from crocodil.samplers.protocols import DemaskerLike, EncoderLike, ProgressCallback, SampleOutput, StepCallback
 
 
 class ConThenDisc:
     """z_0 ~ G_psi(noise); x = all masks; then the masked-diffusion sampler with z_0 held fixed.
+
+    With a prompt and an encoder, z_0 ~ G_psi(noise | h_phi(prompt and masks)), which the paper leaves to future work.
 
     Args:
         sampler: fills the tokens in.
@@ -33,36 +32,49 @@ class ConThenDisc:
         self,
         demasker: DemaskerLike,
         prior: PriorLike,
+        encoder: EncoderLike | None = None,
         *,
         length: int,
         batch_size: int,
-        prompt_ids: Tensor | None = None,
+        prompt_ids: PromptIds | None = None,
         generator: torch.Generator | RowNoise | None = None,
         device: torch.device | str = "cpu",
         progress: ProgressCallback | None = None,
+        on_step: StepCallback | None = None,
     ) -> SampleOutput:
-        """Writes `batch_size` texts; arguments as in `MaskedSampler.sample`.
+        """Writes `batch_size` texts.
 
-        The prior is unconditional: a prompt is read by the demasker alone. `ConWithinDisc` with step 0 among its
-        refresh steps tells the prior of the prompt, too.
+        Args:
+            demasker: f_theta.
+            prior: G_psi; with an encoder, one that was trained with conditions.
+            encoder: h_phi, which tells the prior of the prompt; None leaves the prompt to the demasker.
+            length: see `MaskedSampler.sample`, as for what follows.
+            batch_size: B.
+            prompt_ids: kept in front.
+            generator: source of randomness.
+            device: where the canvas lies.
+            progress: called after each network call.
+            on_step: called after each step.
         """
         noise = as_row_noise(generator, batch_size, device)
-        latents = first_registers(
-            self.latent_sampler.sample(prior, batch_size=batch_size, generator=noise, device=device, progress=progress),
-            self.num_registers,
+        canvas = self.sampler.canvas(demasker, length, batch_size, prompt_ids, device)
+        condition = encoder(*partly_masked(canvas)) if encoder is not None and prompt_ids is not None else None
+        latents = self.latent_sampler.sample(
+            prior, batch_size=batch_size, condition=condition, generator=noise, device=device, progress=progress
         )
-        out = self.sampler.sample(
-            demasker,
-            length=length,
-            batch_size=batch_size,
-            prompt_ids=prompt_ids,
-            latents=latents,
-            generator=noise,
-            device=device,
-            progress=progress,
-        )
-        out.calls["prior"] = self.latent_sampler.num_calls(conditional=False)
-        return out
+        latents = first_registers(latents, self.num_registers)
+        decoding = Decoding(self.sampler, demasker, canvas, noise, latents, progress, on_step)
+        for step in decoding.steps():
+            decoding.take(step)
+        is_conditional = condition is not None
+        calls = {"prior": self.latent_sampler.num_calls(is_conditional)} | ({"encoder": 1} if is_conditional else {})
+        return decoding.output(calls)
+
+
+def partly_masked(canvas: Canvas) -> tuple[Tensor, ...]:
+    """What an encoder reads of a canvas: its tokens, and where rows are padded their attention mask."""
+    mask = canvas.attention_mask
+    return (canvas.token_ids,) if mask is None else (canvas.token_ids, mask)
 
 
 def first_registers(latents: Tensor, num_registers: int | None) -> Tensor:

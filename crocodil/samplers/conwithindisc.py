@@ -1,30 +1,16 @@
 """ConWithinDisc: the sketch is drawn again from what has been written so far (CRoCoDiL, section 4)."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from crocodil.diffusion.noise import RowNoise
-from crocodil.samplers.conthendisc import first_registers
+from crocodil.samplers.canvas import PromptIds
+from crocodil.samplers.conthendisc import first_registers, partly_masked
+from crocodil.samplers.decoding import Decoding
 from crocodil.samplers.latent import LatentSampler, PriorLike
-from crocodil.samplers.masked import (
-    DemaskerLike,
-    MaskedSampler,
-    ProgressCallback,
-    SampleOutput,
-    as_row_noise,
-    start_canvas,
-)
-
-
-class EncoderLike(Protocol):
-    """What a sampler needs of h_phi."""
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """Latents (B, K, D) of partly masked texts (B, L) int64."""
-        ...
+from crocodil.samplers.masked import MaskedSampler, as_row_noise
+from crocodil.samplers.protocols import DemaskerLike, EncoderLike, ProgressCallback, SampleOutput, StepCallback
 
 
 class ConWithinDisc:
@@ -35,8 +21,9 @@ class ConWithinDisc:
         latent_sampler: draws the first registers.
         refresh_sampler: draws the later ones; None takes `latent_sampler`. The paper uses a quarter of its steps.
         refresh_steps: demasker steps, counted from 0, before which the registers are drawn again; None is once,
-            half-way, as in the paper. Step 0 replaces the unconditional draw, which conditions on a prompt. A step
-            that is left out because nothing remains to commit in it hands its refresh to the next one.
+            half-way through the steps that commit something, as in the paper, and with a prompt also at step 0. Step 0
+            replaces the unconditional draw. A step that is left out because nothing remains to commit in it hands its
+            refresh to the next one.
         num_registers: how many registers the demasker reads, the first k of K; None for all.
 
     Raises:
@@ -51,13 +38,12 @@ class ConWithinDisc:
         refresh_steps: Sequence[int] | None = None,
         num_registers: int | None = None,
     ) -> None:
-        steps = {sampler.num_steps // 2} if refresh_steps is None else set(refresh_steps)
-        if beyond := sorted(step for step in steps if not 0 <= step < sampler.num_steps):
+        if beyond := sorted(step for step in refresh_steps or () if not 0 <= step < sampler.num_steps):
             raise ValueError(f"refresh_steps must be between 0 and {sampler.num_steps - 1}, got {beyond}")
         self.sampler = sampler
         self.latent_sampler = latent_sampler
         self.refresh_sampler = refresh_sampler or latent_sampler
-        self.refresh_steps = frozenset(steps)
+        self.refresh_steps = None if refresh_steps is None else frozenset(refresh_steps)
         self.num_registers = num_registers
 
     @torch.no_grad()
@@ -69,40 +55,54 @@ class ConWithinDisc:
         *,
         length: int,
         batch_size: int,
-        prompt_ids: Tensor | None = None,
+        prompt_ids: PromptIds | None = None,
         generator: torch.Generator | RowNoise | None = None,
         device: torch.device | str = "cpu",
         progress: ProgressCallback | None = None,
+        on_step: StepCallback | None = None,
     ) -> SampleOutput:
-        """Writes `batch_size` texts; arguments as in `MaskedSampler.sample`."""
+        """Writes `batch_size` texts; arguments as in `ConThenDisc.sample`."""
         noise = as_row_noise(generator, batch_size, device)
-        canvas = start_canvas(demasker.mask_token_id, length, batch_size, prompt_ids, device)
-        plan = self.sampler.plan(canvas, demasker.mask_token_id, length)
-        calls = {"demasker": len(plan), "prior": 0, "encoder": 0}
-        latents: Tensor | None = None
-        pending = sorted(self.refresh_steps)
-        for done, step in enumerate(plan, start=1):
-            due = [refresh_step for refresh_step in pending if refresh_step <= step.index]
+        canvas = self.sampler.canvas(demasker, length, batch_size, prompt_ids, device)
+        decoding = Decoding(self.sampler, demasker, canvas, noise, None, progress, on_step)
+        calls = {"prior": 0, "encoder": 0}
+        pending = self._refreshes(length, prompt_ids is not None)
+        for step in decoding.steps():
+            due = [refresh for refresh in pending if refresh <= step.index]
             pending = pending[len(due) :]
-            refresh = bool(due)
-            if refresh or latents is None:
-                latent_sampler = self.refresh_sampler if refresh else self.latent_sampler
-                condition = encoder(canvas) if refresh else None
-                latents = first_registers(
-                    latent_sampler.sample(
-                        prior,
-                        batch_size=batch_size,
-                        condition=condition,
-                        generator=noise,
-                        draw=due[-1] if refresh else 0,
-                        device=device,
-                        progress=progress,
-                    ),
-                    self.num_registers,
+            if due or decoding.latents is None:
+                latent_sampler = self.refresh_sampler if due else self.latent_sampler
+                latents = latent_sampler.sample(
+                    prior,
+                    batch_size=batch_size,
+                    condition=encoder(*partly_masked(canvas)) if due else None,
+                    generator=noise,
+                    draw=due[-1] if due else 0,
+                    device=device,
+                    progress=progress,
                 )
-                calls["prior"] += latent_sampler.num_calls(conditional=refresh)
-                calls["encoder"] += refresh
-            canvas = self.sampler.step(demasker, canvas, step, latents, noise)
-            if progress is not None:
-                progress("demasker", done, len(plan))
-        return SampleOutput(canvas, len(plan), calls, latents)
+                decoding.latents = first_registers(latents, self.num_registers)
+                calls["prior"] += latent_sampler.num_calls(conditional=bool(due))
+                calls["encoder"] += bool(due)
+            decoding.take(step)
+        return decoding.output(calls)
+
+    def _refreshes(self, length: int, has_prompt: bool) -> list[int]:
+        """The steps before which the registers are drawn under a condition."""
+        if self.refresh_steps is not None:
+            return sorted(self.refresh_steps)
+        half_way = self.half_way(length)
+        return sorted({0, half_way}) if has_prompt else [half_way]
+
+    def half_way(self, length: int) -> int:
+        """The step before which half of the calls are made: steps beyond one for each token may not be.
+
+        Rules that commit more than their share may be done before it: give them `refresh_steps`.
+        """
+        sampler = self.sampler
+        num_blocks = length // (sampler.block_size or length)
+        per_block = useful = sampler.num_steps // num_blocks
+        if sampler.rule.idles:
+            useful = min(per_block, length // num_blocks)
+        block, place = divmod(useful * num_blocks // 2, useful)
+        return block * per_block + place

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from crocodil.diffusion.gaussian import GaussianPoint, PredictionType, TangentSchedule, to_x0
 from crocodil.diffusion.noise import RowNoise
-from crocodil.samplers.masked import STREAM_LATENTS, ProgressCallback, as_row_noise
+from crocodil.samplers.decoding import STREAM_LATENTS
+from crocodil.samplers.masked import as_row_noise
+from crocodil.samplers.protocols import ProgressCallback
 
 Solver = Literal["ddim", "dpmpp_2m", "ancestral"]
 
@@ -117,7 +119,8 @@ class LatentSampler:
         noise = as_row_noise(generator, batch_size, device)
         shape = (prior.num_registers, prior.latent_dim)
         eps = self.noise_schedule.eps  # within [eps, 1 - eps] no two times share a log SNR
-        times = torch.linspace(1 - eps, eps, self.num_steps + 1, dtype=torch.float64, device=device)
+        # On the CPU: numbers, which a GPU takes as they are, instead of many small kernels on it in every step.
+        times = torch.linspace(1 - eps, eps, self.num_steps + 1, dtype=torch.float64)
         points = [self.noise_schedule(t) for t in times]
         stream = STREAM_LATENTS + draw
         z = noise.normal(stream, 0, shape)
@@ -144,7 +147,7 @@ class LatentSampler:
         self, prior: PriorLike, z: Tensor, point: GaussianPoint, previous: Tensor | None, condition: Tensor | None
     ) -> Tensor:
         """The estimate of z_0 at one point, guided if asked for."""
-        log_snr = point.log_snr.float().expand(z.shape[0])
+        log_snr = z.new_full((z.shape[0],), point.log_snr.item())
         previous = previous if self.self_conditioning else None
 
         def x0(given: Tensor | None) -> Tensor:

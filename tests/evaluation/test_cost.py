@@ -77,7 +77,7 @@ def test_a_plain_run_costs_its_steps_exactly(num_steps: int, tiny_pipeline: Any)
 )
 def test_a_guided_run_costs_all_its_networks(algorithm: str, calls: dict[str, int], tiny_pipeline: Any) -> None:
     """The later draw of ConWithinDisc is guided: two evaluations a step."""
-    settings = {"num_steps": 4, "prior_steps": 6, "refresh_prior_steps": 3, "guidance_scale": 2.0}
+    settings = {"num_steps": 4, "prior_steps": 6, "refresh_prior_steps": 3, "prior_guidance_scale": 2.0}
     cost = tiny_pipeline(2, algorithm=algorithm, num_registers=2, **settings).cost
     parts = tiny_pipeline.networks()
     flops = network_flops(32, parts["demasker"], 2, parts["prior"], parts["encoder"], parts["base"])

@@ -8,8 +8,11 @@ from torch import Tensor
 
 from crocodil.diffusion.noise import RowNoise
 from crocodil.samplers import MaskedSampler
-from crocodil.samplers.masked import DemaskerLike
-from crocodil.samplers.unmasking import REMASKING_RULES
+from crocodil.samplers.canvas import canvas_to_fill
+from crocodil.samplers.decoding import Decoding
+from crocodil.samplers.protocols import DemaskerLike
+
+REMASKING_RULES = ("random", "low_confidence", "margin", "entropy")
 
 MASK = 11
 PROMPT = torch.tensor([3, 1, 4])
@@ -151,9 +154,12 @@ def test_one_step_samples_the_product_of_the_marginals(toy: Any, chi_square: Cal
 
 def test_random_remasking_commits_a_uniform_subset(make_demasker: Callable, chi_square: Callable) -> None:
     size, demasker, sampler = 3000, make_demasker(latent_dim=None), MaskedSampler(2, remasking="random")
-    step, _ = sampler.plan(torch.full((size, 4), MASK), MASK, 4)
-    canvas = sampler.step(demasker, torch.full((size, 4), MASK), step, None, RowNoise(torch.arange(size)))
-    subsets = ((canvas != MASK) * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
+    decoding = Decoding(
+        sampler, demasker, canvas_to_fill(torch.full((size, 4), MASK), MASK), RowNoise(torch.arange(size))
+    )
+    decoding.take(next(decoding.steps()))
+    written = decoding.output().token_ids
+    subsets = ((written != MASK) * torch.tensor([8, 4, 2, 1])).sum(1).bincount(minlength=16)
     pairs = torch.tensor([3, 5, 6, 9, 10, 12])
     assert subsets[pairs].sum() == size
     assert chi_square(subsets[pairs], torch.full((6,), 1 / 6)) > 1e-3
@@ -167,6 +173,17 @@ def test_what_is_not_committed_is_drawn_afresh(tabulated_demasker: Callable, chi
     texts = sampler.sample(model, length=2, batch_size=size, generator=RowNoise(torch.arange(size))).token_ids
     expected = torch.tensor([0.91 * 0.7, 0.7 * 0.3, 0.21 * 0.3 + 0.09 * 0.7, 0.09 * 0.3])  # of 00, 01, 10, 11
     assert chi_square((texts * torch.tensor([2, 1])).sum(1).bincount(minlength=4), expected) > 1e-3
+
+
+class Biased:
+    """A demasker with something added to each position: without it, all positions of an empty canvas are alike."""
+
+    def __init__(self, demasker: Any) -> None:
+        self.demasker, self.mask_token_id = demasker, demasker.mask_token_id
+        self.bias = torch.randn(64, MASK + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def __call__(self, token_ids: Tensor, latents: Tensor | None = None, *, positions: Tensor, **given: Any) -> Tensor:
+        return self.demasker(token_ids, latents, positions=positions, **given) + self.bias[positions]
 
 
 def llada_decode(
@@ -200,7 +217,7 @@ def llada_decode(
 def test_low_confidence_decoding_is_llada(
     make_demasker: Callable, length: int, num_steps: int, block_size: int, with_prompt: bool
 ) -> None:
-    demasker = make_demasker(latent_dim=None)
+    demasker = Biased(make_demasker(latent_dim=None))
     prompts = torch.tensor([[3, 1, 4], [9, 9, 0], [5, 2, 10]]) if with_prompt else torch.zeros(1, 0, dtype=torch.int64)
     sampler = MaskedSampler(num_steps, block_size, "low_confidence", temperature=0.0)
     out = sampler.sample(demasker, length=length, batch_size=len(prompts), prompt_ids=prompts)
@@ -273,7 +290,7 @@ def test_one_prompt_serves_all_rows_and_is_not_written_to(make_demasker: Callabl
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_steps": -3}, "num_steps must be at least 1, got -3"),
         ({"block_size": 0}, "block_size must be at least 1, or None for one block, got 0"),
-        ({"remasking": "best"}, "remasking must be one of random, low_confidence, margin, entropy, got 'best'"),
+        ({"remasking": "best"}, "remasking must be one of random, ancestral, .*, p2, got 'best'"),
         ({"temperature": -0.1}, "temperature must not be negative, got -0.1"),
     ],
 )
