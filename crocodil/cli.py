@@ -41,13 +41,26 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_steps", type=int, default=8, help="demasker calls a text")
     parser.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="kept in front; repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--remasking", default="low_confidence", help="random, low_confidence, margin or entropy")
+    parser.add_argument(
+        "--remasking", default="low_confidence", metavar="RULE", help="docs/how-to-choose-a-sampler.md lists the rules"
+    )
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens of this share")
+    parser.add_argument("--top_k", type=int, help="draw from this many most probable tokens")
     parser.add_argument("--block_size", type=int, help="finish blocks of this many tokens from left to right")
+    parser.add_argument("--eos", default="free", help="stop tokens: free, last (after all others) or never")
+    parser.add_argument("--early_stop", action="store_true", help="end once every text has its stop token")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="cut texts before it; repeatable")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of the demasker; 1.0 is off")
+    parser.add_argument("--guided_by", default="latents", help="what guidance compares without: latents or prompt")
+    parser.add_argument("--cache", default="none", help="keys and values kept within a block: none, prefix or dual")
     parser.add_argument("--num_registers", type=int, help="read the first k registers only")
     parser.add_argument("--prior_steps", type=int, default=32, help="steps of the latent prior")
     parser.add_argument("--refresh_steps", type=int, nargs="+", help="steps before which conwithindisc draws again")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="of conditional draws; 1.0 is off")
+    parser.add_argument("--prior_guidance_scale", type=float, default=1.0, help="of conditional draws; 1.0 is off")
+    parser.add_argument("--compile", action="store_true", help="compile the networks: slow at first, then fast")
+    parser.add_argument("--watch", action="store_true", help="show the first text while it is written")
+    parser.add_argument("--film", metavar="FILE.html", help="write a page that shows how the first texts came to be")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
     parser.add_argument("--output", metavar="FILE.jsonl", help="default: standard output")
@@ -122,7 +135,7 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         run(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         sys.exit(f"crocodil: {error}")
     except KeyboardInterrupt:
         print("\ncrocodil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from crocodil.data.codec import TextCodec
+from crocodil.evaluation.film import Film
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline, LatentProcess
-from crocodil.samplers.protocols import ProgressCallback
+from crocodil.samplers.protocols import ProgressCallback, StepCallback, StepEvent
 
 
 def sample(
@@ -23,6 +27,9 @@ def sample(
     prompts: Sequence[str] | None,
     output: str | None,
     device: str,
+    compile: bool = False,
+    watch: bool = False,
+    film: str | None = None,
     **settings: Any,
 ) -> None:
     """Writes texts as JSON lines, to a file or to standard output.
@@ -34,19 +41,41 @@ def sample(
         prompts: likewise.
         output: file to write; None for standard output.
         device: "auto" takes a GPU if there is one.
+        compile: see `CrocodilPipeline.compile`.
+        watch: show the first text on standard error while it is written.
+        film: page to write, see `Film`.
         settings: further arguments of `CrocodilPipeline.__call__`.
     """
-    if output is not None:
-        check_writable(Path(output).parent)
-        if Path(output).is_dir():
-            raise ValueError(f"--output must be a file, got the folder {output}")
+    for option, path in (("output", output), ("film", film)):
+        if path is not None:
+            check_writable(Path(path).parent)
+            if Path(path).is_dir():
+                raise ValueError(f"--{option} must be a file, got the folder {path}")
     pipe = CrocodilPipeline.from_pretrained(pipeline)
     try:
         pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
-    with progress_bar() as progress:
-        result = pipe(num_samples, algorithm=algorithm, prompts=prompts, progress=progress, **settings)
+    if compile:
+        pipe.compile()
+    recorder = Film(pipe.codec, pipe.demasker.mask_token_id)
+    with live_text(pipe.codec) if watch else progress_bar() as (progress, show):
+
+        def on_step(event: StepEvent) -> None:
+            recorder(event)
+            if show is not None:
+                show(event)
+
+        result = pipe(
+            num_samples,
+            algorithm=algorithm,
+            prompts=prompts,
+            progress=progress,
+            on_step=on_step if watch or film else None,
+            **settings,
+        )
+    if film is not None:
+        recorder.save(film, f"{algorithm}, {settings['num_steps']} steps, {settings['remasking']}")
     cost = result.cost.to_dict()
     lines = [
         json.dumps({"text": text, "token_ids": row.tolist(), "cost": cost})
@@ -103,8 +132,11 @@ def build_pipeline(autoencoder: str | None, prior: str | None, base: str | None)
     return CrocodilPipeline(checkpoint.demasker(), checkpoint.codec, **parts)
 
 
+Views = tuple[ProgressCallback | None, StepCallback | None]
+
+
 @contextmanager
-def progress_bar() -> Iterator[ProgressCallback]:
+def progress_bar() -> Iterator[Views]:
     """A bar a network, on standard error, that follows a sampler's calls."""
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
@@ -115,4 +147,22 @@ def progress_bar() -> Iterator[ProgressCallback]:
                 tasks[network] = bars.add_task(network, total=total)
             bars.update(tasks[network], completed=done, total=total)
 
-        yield update
+        yield update, None
+
+
+@contextmanager
+def live_text(codec: TextCodec) -> Iterator[Views]:
+    """The first text of each batch while it is written: masks dim, what a step writes bold."""
+    with Live(console=Console(stderr=True), auto_refresh=False) as live:
+
+        def show(event: StepEvent) -> None:
+            text = Text(f"step {event.index + 1}{', sketch drawn anew' if event.refreshed else ''}\n", style="dim")
+            ids, fresh = event.token_ids[0].tolist(), event.committed[0].tolist()
+            for token_id, piece, is_fresh in zip(ids, codec.pieces(ids), fresh, strict=True):
+                if token_id == codec.vocabulary.mask_token_id:
+                    text.append("\u2591 ", style="dim")
+                else:
+                    text.append(piece, style="bold green" if is_fresh else "default")
+            live.update(text, refresh=True)
+
+        yield None, show

@@ -37,7 +37,7 @@ TABLE_WIDTH = 120
 PRIOR_STEPS, REFRESH_PRIOR_STEPS = 8, 8
 Rule = tuple[str, float, int | None]
 """Order, temperature, and how many registers are read (None for all)."""
-BASE_RULES: tuple[Rule, ...] = (("random", 1.0, None), ("low_confidence", 0.7, None))
+BASE_RULES: tuple[Rule, ...] = (("random", 1.0, None), ("p2", 1.0, None))
 HOT_BASE_RULE: Rule = ("random", 3.0, None)
 """With few calls the base keeps the data's entropy only if it is heated; this gives it rows of no less entropy."""
 COARSE: Rule = ("random", 0.2, 4)
@@ -57,12 +57,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("demasker", 600, 2.4),
-    Stage("autoencoder", 700, 4.1, "demasker", "demasker_checkpoint"),
-    Stage("prior", 550, 3.5, "autoencoder", "autoencoder_checkpoint"),
-    Stage("judge", 400, 1.0),
+    Stage("demasker", 500, 3.0),
+    Stage("autoencoder", 580, 3.5, "demasker", "demasker_checkpoint"),
+    Stage("prior", 440, 3.1, "autoencoder", "autoencoder_checkpoint"),
+    Stage("judge", 350, 1.0),
 )
-DATA_MINUTES, COMPARISON_MINUTES = 0.4, 2.2
+DATA_MINUTES, COMPARISON_MINUTES = 0.4, 2.8
 SOURCES = {"demasker": "base", "autoencoder": "encoder and demasker", "prior": "latent prior", "judge": "judge"}
 
 
@@ -72,7 +72,7 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
     Args:
         output_dir: folder of everything that is written.
         seed: of training and data order.
-        num_samples: texts for each row and seed of the comparison; None for 96.
+        num_samples: texts for each row and seed of the comparison; None for 72.
         scale: multiplies all training steps.
 
     Returns:
@@ -94,7 +94,7 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
         with clock.part(f"training the {SOURCES[stage.name]}", stage.minutes * scale):
             train(stage, folder, seed, scale)
     with clock.part("comparing the samplers", COMPARISON_MINUTES):
-        comparison = compare(folder, data, num_samples or 96, seed, clock.minutes)
+        comparison = compare(folder, data, num_samples or 72, seed, clock.minutes)
     report.write_results(folder, comparison)
     path = report.write_report(folder, comparison)
     # A table that is cut off tells nothing: where the width is unknown or too small, lines wrap instead.

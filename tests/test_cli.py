@@ -123,6 +123,16 @@ def test_sample_to_a_file_leaves_standard_output_empty(
     assert "4 texts written" in err.replace("\n", " ")
 
 
+def test_sample_can_be_watched_and_filmed(pipeline: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    film = tmp_path / "new" / "film.html"
+    options = ["--algorithm=masked", "--remasking=threshold:0.5", "--stop=:", "--prompt=def f(v0):", "--length=8"]
+    run(["sample", f"--pipeline={pipeline}", *options, "--watch", f"--film={film}", *FEW])
+    out, err = capfd.readouterr()
+    assert "threshold:0.5" in film.read_text()
+    assert "step " in err and "def f ( v0 ) :" in err
+    assert all(json.loads(line)["text"].startswith("def f(v0):") for line in out.splitlines())
+
+
 def test_export_gives_the_pipeline_of_its_checkpoints(
     tiny_system: Any, tiny_pipeline: CrocodilPipeline, tmp_path: Path
 ) -> None:

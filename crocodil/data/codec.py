@@ -19,6 +19,8 @@ NEW_MASK = "<|mask|>"
 TURN_START = "<|im_start|>"
 """What starts a text where a tokenizer names no start token (Qwen)."""
 EOS, BOS, MASK, UNK = canonical_text.SPECIAL_TOKENS
+LAYOUT = {canonical_text.NEWLINE: "\n", canonical_text.INDENT: "\u21e5 ", canonical_text.DEDENT: "\u21e4 "}
+"""How the tokens of structure show in unfinished texts, where they do not yet make up lines and indents."""
 
 
 class TextCodec:
@@ -115,6 +117,18 @@ class TextCodec:
         if self.text_format == "canonical":
             return canonical_text.render(self.tokenizer.convert_ids_to_tokens(kept))
         return cast(str, self.tokenizer.decode(kept))
+
+    def pieces(self, token_ids: Iterable[int]) -> list[str]:
+        """What each token looks like by itself, for showing texts that are not finished; masks and ends show as "".
+
+        Joined, the pieces resemble the text. Only `decode` is exact.
+        """
+        hidden = {self.vocabulary.mask_token_id, self.vocabulary.eos_token_id, self.vocabulary.bos_token_id}
+        ids = [int(token_id) for token_id in token_ids]
+        if self.text_format != "canonical":
+            return ["" if token_id in hidden else cast(str, self.tokenizer.decode([token_id])) for token_id in ids]
+        tokens = self.tokenizer.convert_ids_to_tokens(ids)
+        return ["" if i in hidden else LAYOUT.get(token, f"{token} ") for i, token in zip(ids, tokens, strict=True)]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the tokenizer's own files and `codec.json`.

@@ -284,7 +284,7 @@ class Demasker(nn.Module):
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens after which a text is over: the end token, and what else ends an answer in its family."""
-        return (self.eos_token_id, *self.conventions.stop_token_ids)
+        return (self.eos_token_id, *(token for token in self.conventions.stop_token_ids if token < self.vocab_size))
 
     def with_lora(self, settings: Mapping[str, Any]) -> "Demasker":
         """Freezes the network and adds LoRA adapters to it, in place; the register path stays free.

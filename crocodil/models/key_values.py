@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KeyValues:
-    """What every layer of a network computed for K registers and L tokens, so that a later call needs only some of them.
+    """What every layer of a network computed for K registers and L tokens, so that a later call computes only a part.
 
     The first call fills it. A later one computes the positions of its window, puts their keys and values in place, and
     attends to all. That is exact where the rest has not changed and does not depend on the window, as registers that do
@@ -42,7 +42,7 @@ class KeyValues:
 
 
 def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A key mask (B, S), 1 = attend, as what attention adds to its scores, (B, 1, 1, S); converted once for all layers."""
+    """A key mask (B, S), 1 = attend, as what attention adds to its scores, (B, 1, 1, S), once for all layers."""
     if mask is None:
         return None
     zeros = torch.zeros((), dtype=dtype, device=mask.device)

@@ -132,8 +132,9 @@ class Decoding:
             if self.rule.scope != "block" and not (most_open[i] if self.rule.is_adaptive else most_committed[i]):
                 continue
             candidates = {"chosen": most_committed[i], "open": most_open[i], "block": width}[self.rule.scope]
-            if self.sampler.static_shapes:
-                candidates = max(most_committed) if self.rule.scope == "chosen" else width
+            if self.sampler.static_shapes:  # of rules that do not idle, counts are drawn: no two blocks have the same
+                is_fixed = self.rule.scope == "chosen" and self.rule.idles
+                candidates = max(most_committed) if is_fixed else width
             steps.append(Step(block * num_steps + i, block, i, candidates, quotas[i], num_left[i]))
         return steps if max(most_open) else []
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 1 << 24
-"""How many logits are copied to float32 at once (64 MiB)."""
+CHUNK_ELEMENTS = 1 << 22
+"""How many logits are copied to float32 at once (16 MiB): the passes over a copy find it in a cache."""
 GROUP = 128
 BELOW_ONE = 1 - 2.0**-52
 
@@ -69,7 +69,8 @@ class TokenDistribution:
         else:
             weights, tokens = weights.topk(min(self.top_k or weights.shape[1], weights.shape[1]), dim=-1)
             before = weights.cumsum(-1, dtype=torch.float64) - weights
-            weights[before >= self.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)] = 0
+            outside = before >= self.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
+            weights = weights.masked_fill(outside, 0.0)
             drawn = tokens.gather(1, _invert(weights, uniform)[:, None]).squeeze(1)
         return drawn.masked_fill(~best.isfinite().squeeze(1), -1)
 
@@ -89,7 +90,7 @@ def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     group, rest = _first_above(sums, uniform * sums.sum(-1, keepdim=True))
     inside = groups.gather(1, group[..., None].expand(-1, -1, GROUP)).squeeze(1).double()
     token, _ = _first_above(inside, rest)
-    return (group * GROUP + token).squeeze(1)
+    return (group * GROUP + token).squeeze(1).clamp(max=size - 1)  # rows of NaN land anywhere
 
 
 def _first_above(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -259,6 +259,7 @@ class ReMDM(UnmaskingRule):
         """Each position by its own uniform number."""
         times = torch.tensor([1 - candidates.now, 1 - candidates.after], dtype=torch.float64)
         masked_t, masked_s = self.noise_schedule(times).mask_prob
+        masked_s = masked_s * (candidates.after < 1)  # nothing stays masked, though schedules end at their eps
         largest = (masked_s / (1 - masked_t).clamp(min=1e-12)).clamp(max=1.0)
         sigma = largest.clamp(max=self.eta) if self.strategy == "cap" else self.eta * largest
         reveal = posterior(masked_t, masked_s) + sigma * (1 - masked_t) / masked_t
@@ -289,7 +290,7 @@ class PathPlanning(UnmaskingRule):
     def choose(self, candidates: Candidates) -> Choice:
         """The best of all positions of the block."""
         scores = confidence(candidates.logits, candidates.tokens)
-        weighted = self.eta * scores if self.eta else torch.zeros_like(scores)
+        weighted = self.eta * scores if self.eta else torch.full_like(scores, torch.inf)
         scores = late_last(torch.where(candidates.is_written, weighted, scores), candidates.is_late)
         _, rank = rank_scores(scores, candidates.is_open | candidates.is_written)
         is_kept = rank < candidates.num_kept[:, None]

@@ -86,6 +86,28 @@ def assert_equal(codec: TextCodec, other: TextCodec) -> None:
     assert other.decode(codec.encode(text)) == text
 
 
+def test_pieces_of_text_are_the_text(bpe: TextCodec) -> None:
+    text, special = "def f(x):\n    return x + 1\n", bpe.vocabulary
+    pieces = bpe.pieces([special.bos_token_id, *bpe.encode(text), special.mask_token_id, special.eos_token_id])
+    assert pieces[0] == pieces[-1] == pieces[-2] == ""
+    assert "".join(pieces) == text
+
+
+def test_pieces_of_canonical_tokens() -> None:
+    codec = TextCodec.canonical()
+    ids = codec.encode("def f(v0):\n    return v0\nf")
+    assert codec.pieces(ids) == [
+        *"def  f  (  v0  )  : ".replace("  ", " |").split("|"),
+        "\n",
+        "⇥ ",
+        "return ",
+        "v0 ",
+        "\n",
+        "⇤ ",
+        "f ",
+    ]
+
+
 def test_saved_codec_is_the_same(codec: TextCodec, tmp_path: Path) -> None:
     codec.save_pretrained(tmp_path / "codec")
     assert json.loads((tmp_path / "codec" / "codec.json").read_text()) == {"text_format": codec.text_format}

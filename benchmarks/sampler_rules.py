@@ -1,0 +1,121 @@
+"""Which unmasking rule writes the best texts at equal budgets? Every rule on the quickstart's system, three seeds.
+
+    python benchmarks/sampler_rules.py --quickstart quickstart [--output benchmarks/results/sampler_rules.json]
+
+Base and ConThenDisc write texts under every rule with at most 32, 16, 8 and 4 demasker calls; rules that commit as many
+tokens as they dare are run with several numbers instead and make as many calls as their slowest text needs. Quality:
+share that parses, nats per token under the quickstart's judge; beside it entropy, which collapse lowers. The table goes
+to standard error; the last line printed is one JSON object with the rows.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from crocodil.comparison import Comparison, Setting
+from crocodil.data import CanonicalFunctions
+from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.pipeline import CrocodilPipeline
+from crocodil.quickstart import PRIOR_STEPS, REFRESH_PRIOR_STEPS, last_checkpoint
+
+SEEDS = (0, 1, 2)
+BUDGETS = (32, 16, 8, 4)
+PLANNED = ("random", "ancestral", "low_confidence", "margin", "entropy", "remdm_cap:0.05", "remdm_rescale:0.2", "p2:1")
+ADAPTIVE = (
+    *("threshold:0.9", "threshold:0.6", "threshold:0.3"),
+    *("factor:1", "factor:2", "factor:6"),
+    *("entropy_bound:0.1", "entropy_bound:0.5", "entropy_bound:2"),
+)
+TEMPERATURES = {"base": 1.0, "conthendisc": 0.2}
+COLUMNS = ("demasker_calls", "nfe", "parse_rate", "judge_nll", "entropy", "unique_rate")
+
+
+def settings(algorithm: str, length: int) -> list[Setting]:
+    """All rules and budgets; adaptive rules may take one call for each token."""
+    runs = [(rule, budget) for budget in BUDGETS for rule in PLANNED] + [(rule, length) for rule in ADAPTIVE]
+    temperature = TEMPERATURES[algorithm]
+    return [Setting(algorithm, n, rule, temperature, None, seed) for rule, n in runs for seed in SEEDS]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds of each rule and budget, the best judged first within a budget."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["algorithm"], row["num_steps"], row["remasking"]].append(row)
+    found = []
+    for (algorithm, num_steps, rule), members in groups.items():
+        entry: dict[str, Any] = {"algorithm": algorithm, "num_steps": num_steps, "remasking": rule}
+        for column in COLUMNS:
+            values = [member[column] for member in members]
+            entry[column], entry[f"{column}_std"] = statistics.mean(values), statistics.stdev(values)
+        found.append(entry)
+    return found
+
+
+def as_markdown(entries: list[dict[str, Any]], algorithm: str) -> str:
+    """The table of one algorithm."""
+    lines = ["| rule | calls | NFE | parses % | judge nats | entropy | distinct % |", "|---|---|---|---|---|---|---|"]
+    for entry in entries:
+        if entry["algorithm"] == algorithm:
+            parses, spread = 100 * entry["parse_rate"], 100 * entry["parse_rate_std"]
+            lines.append(
+                f"| {entry['remasking']} | {entry['demasker_calls']:.0f} | {entry['nfe']:.1f} "
+                f"| {parses:.1f} ± {spread:.1f} | {entry['judge_nll']:.2f} ± {entry['judge_nll_std']:.2f} "
+                f"| {entry['entropy']:.2f} | {100 * entry['unique_rate']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Fills the table and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quickstart", default="quickstart", metavar="DIR", help="folder of a finished quickstart")
+    parser.add_argument("--num_samples", type=int, default=64, help="texts of each rule, budget and seed")
+    parser.add_argument("--output", default="benchmarks/results/sampler_rules.json")
+    options = parser.parse_args()
+    folder = Path(options.quickstart)
+    data = CanonicalFunctions()
+    data.prepare_data()
+    with tempfile.TemporaryDirectory() as scratch:
+        table = Comparison(
+            CrocodilPipeline.from_pretrained(folder / "pipeline"),
+            StageCheckpoint(last_checkpoint(folder, "judge"), "judge").judge(),
+            data.blocks("test"),
+            options.num_samples,
+            PRIOR_STEPS,
+            REFRESH_PRIOR_STEPS,
+            Path(scratch) / "rows.jsonl",
+        )
+        wanted = [Setting("data", 0, None, None, None, seed) for seed in SEEDS]
+        wanted += [setting for algorithm in TEMPERATURES for setting in settings(algorithm, data.length)]
+        rows = [table.measure(setting) for setting in track(wanted, "rows")]
+    entries = summary(rows)
+    for algorithm in ("data", *TEMPERATURES):
+        print(f"\n{algorithm}\n{as_markdown(entries, algorithm)}", file=sys.stderr)
+    figures = {
+        "benchmark": "sampler_rules",
+        "num_samples": table.num_samples,
+        "seeds": SEEDS,
+        "length": data.length,
+        "temperatures": TEMPERATURES,
+        "prior_steps": PRIOR_STEPS,
+        "rows": entries,
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
