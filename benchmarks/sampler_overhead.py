@@ -49,11 +49,13 @@ class Shape:
     num_steps: int = 8
 
     def sampler(self) -> MaskedSampler:
+        """The sampler of the run."""
         return MaskedSampler(
             self.num_steps, self.block_size, self.remasking, temperature=self.temperature, top_p=self.top_p
         )
 
     def label(self) -> str:
+        """What the run is called in the progress."""
         block = f" in {self.block_size}s" if self.block_size else ""
         latents = " latents" if self.with_latents else ""
         sampling = f"T={self.temperature:g}" + (f" top_p={self.top_p:g}" if self.top_p < 1 else "")

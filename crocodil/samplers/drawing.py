@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 1 << 22
-"""How many logits are copied to float32 at once (16 MiB): the passes over a copy find it in a cache."""
+CHUNK_ELEMENTS = 1 << 20
+"""How many logits are worked on at once: on a CPU, what its cache holds (4 MiB in float32)."""
+GPU_CHUNK_ELEMENTS = 1 << 26
 GROUP = 128
+NUCLEUS = 256
+"""How many tokens are tried first for a nucleus."""
 BELOW_ONE = 1 - 2.0**-52
 
 
@@ -67,12 +70,24 @@ class TokenDistribution:
         if self.top_k is None and self.top_p == 1:
             drawn = _invert(weights, uniform)
         else:
-            weights, tokens = weights.topk(min(self.top_k or weights.shape[1], weights.shape[1]), dim=-1)
-            before = weights.cumsum(-1, dtype=torch.float64) - weights
-            outside = before >= self.top_p * weights.sum(-1, keepdim=True, dtype=torch.float64)
-            weights = weights.masked_fill(outside, 0.0)
+            weights, tokens = self._most_probable(weights)
             drawn = tokens.gather(1, _invert(weights, uniform)[:, None]).squeeze(1)
         return drawn.masked_fill(~best.isfinite().squeeze(1), -1)
+
+    def _most_probable(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of the tokens that are kept, those of others 0, and their ids: (R, V) -> (R, N) each, N <= V."""
+        size = most = min(self.top_k or weights.shape[1], weights.shape[1])
+        # On a CPU, where to ask costs nothing, a few tokens are tried first: sorting all takes longer than the network.
+        if self.top_k is None and not weights.is_cuda:
+            size = min(most, NUCLEUS)
+        mass = None if self.top_k else weights.sum(-1, keepdim=True, dtype=torch.float64)
+        while True:
+            kept, tokens = weights.topk(size, dim=-1)
+            reached = kept.cumsum(-1, dtype=torch.float64)
+            least = self.top_p * (reached[:, -1:] if mass is None else mass)
+            if size == most or (reached[:, -1:] >= least).all():
+                return kept.masked_fill(reached - kept >= least, 0.0), tokens
+            size = min(most, 8 * size)
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -113,7 +128,8 @@ def row_chunks(logits: Tensor) -> Iterator[Tensor]:
 
 
 def _rows_like(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, CHUNK_ELEMENTS // logits.shape[-1]))
+    size = GPU_CHUNK_ELEMENTS if logits.is_cuda else CHUNK_ELEMENTS
+    return rows.split(max(1, size // logits.shape[-1]))
 
 
 def by_rows(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, tokens: Tensor) -> Tensor:
