@@ -6,7 +6,7 @@ Every shape is sampled once while its demasker calls are recorded: canvases, pos
 replay of those very calls, with nothing around them, are timed in turns. The network is LLaDA's in kind and vocabulary
 with random weights; `--full` gives it LLaDA-8B's size, in bfloat16. The fewer its layers, the harder the question: all
 that a sampler does is proportional to the vocabulary, as is the head, and the body is the rest of the denominator. The
-last line printed is one JSON object, also written to `--output`: seconds of all repeats, and ratios of their medians.
+last line printed is one JSON object, also written to `--output`: seconds of all repeats, and the medians of their ratios.
 """
 
 import argparse
@@ -172,14 +172,14 @@ def measure(demasker: Demasker, shape: Shape, options: argparse.Namespace) -> di
     hook.remove()
     replay()
     times = alternate({"sampler": sample, "bare": replay}, options.repeats, options.device)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    pairs = zip(times["sampler"], times["bare"], strict=True)
     return {
         **asdict(shape),
         "num_calls": len(calls),
         "positions_per_call": sum(given["positions"].numel() for _, given in calls) / len(calls),
         "seconds": times,
-        "bare_seconds_per_call": medians["bare"] / len(calls),
-        "ratio": medians["sampler"] / medians["bare"],
+        "bare_seconds_per_call": statistics.median(times["bare"]) / len(calls),
+        "ratio": statistics.median(sampler / bare for sampler, bare in pairs),
     }
 
 
@@ -219,7 +219,7 @@ def parse(description: str, output: str, **sizes: Any) -> argparse.Namespace:
     parser.add_argument("--intermediate_size", type=int, help="default: 3 hidden_size, as LLaDA")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / output)
     options = parser.parse_args()
     if options.full:

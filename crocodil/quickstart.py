@@ -57,12 +57,12 @@ class Stage:
 
 
 STAGES = (
-    Stage("demasker", 500, 3.0),
-    Stage("autoencoder", 580, 3.5, "demasker", "demasker_checkpoint"),
-    Stage("prior", 440, 3.1, "autoencoder", "autoencoder_checkpoint"),
-    Stage("judge", 350, 1.0),
+    Stage("demasker", 600, 2.8),
+    Stage("autoencoder", 700, 4.1, "demasker", "demasker_checkpoint"),
+    Stage("prior", 550, 3.5, "autoencoder", "autoencoder_checkpoint"),
+    Stage("judge", 400, 1.0),
 )
-DATA_MINUTES, COMPARISON_MINUTES = 0.4, 2.8
+DATA_MINUTES, COMPARISON_MINUTES = 0.4, 2.4
 SOURCES = {"demasker": "base", "autoencoder": "encoder and demasker", "prior": "latent prior", "judge": "judge"}
 
 
