@@ -6,7 +6,7 @@ Every shape is sampled once while its demasker calls are recorded: canvases, pos
 replay of those very calls, with nothing around them, are timed in turns. The network is LLaDA's in kind and vocabulary
 with random weights; `--full` gives it LLaDA-8B's size, in bfloat16. The fewer its layers, the harder the question: all
 that a sampler does is proportional to the vocabulary, as is the head, and the body is the rest of the denominator. The
-last line printed is one JSON object, also written to `--output`: seconds of all repeats, and the medians of their ratios.
+last line printed is one JSON object, also written to `--output`: seconds of all repeats, and medians of their ratios.
 """
 
 import argparse
