@@ -104,7 +104,8 @@ def test_an_autoencoder_begins_as_the_base_and_its_new_parts_move(
     token_ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         latents = encoder(token_ids)
-        assert (demasker(token_ids, latents) - demasker(token_ids)).abs().max() > 1e-4
+        # After a few steps of warm-up the gates have hardly opened; closed ones would leave exactly nothing.
+        assert (demasker(token_ids, latents) - demasker(token_ids)).abs().max() > 1e-5
 
 
 def test_a_published_encoder_reads_the_text_in_its_own_tokens(
