@@ -88,6 +88,8 @@ STALE = [
     )
     for name in NAMES
     for section in sections(yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+    # The network of a prior is built once its autoencoder is there, which only the quickstart's is.
+    if section[-1:] != ("network",) or not name.endswith("prior") or name == "quickstart_prior"
 ]
 
 
