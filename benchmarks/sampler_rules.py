@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 
-from crocodil.comparison import Comparison, Setting
+from crocodil.commands import build_judge
 from crocodil.data import CanonicalFunctions
-from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.experiments import Generation, SystemGrid
+from crocodil.experiments.cells import Ledger
 from crocodil.pipeline import CrocodilPipeline
-from crocodil.quickstart import PRIOR_STEPS, REFRESH_PRIOR_STEPS, last_checkpoint
+from crocodil.quickstart import PRIOR_STEPS, last_checkpoint
 
 SEEDS = (0, 1, 2)
 BUDGETS = (32, 16, 8, 4)
@@ -36,14 +36,17 @@ ADAPTIVE = (
     *("entropy_bound:0.1", "entropy_bound:0.5", "entropy_bound:2"),
 )
 TEMPERATURES = {"base": 1.0, "conthendisc": 0.2}
-COLUMNS = ("demasker_calls", "nfe", "parse_rate", "judge_nll", "entropy", "unique_rate")
+COLUMNS = ("demasker_calls", "nfe", "parse_rate", "judge_nll", "entropy", "duplicate_rate")
 
 
-def settings(algorithm: str, length: int) -> list[Setting]:
-    """All rules and budgets; adaptive rules may take one call for each token."""
-    runs = [(rule, budget) for budget in BUDGETS for rule in PLANNED] + [(rule, length) for rule in ADAPTIVE]
-    temperature = TEMPERATURES[algorithm]
-    return [Setting(algorithm, n, rule, temperature, None, seed) for rule, n in runs for seed in SEEDS]
+def systems(length: int) -> list[SystemGrid]:
+    """All rules and budgets of both systems; adaptive rules may take one call for each token."""
+    return [
+        SystemGrid(algorithm, steps, rule, [temperature])
+        for algorithm, temperature in TEMPERATURES.items()
+        for rules, steps in ((PLANNED, list(BUDGETS)), (ADAPTIVE, [length]))
+        for rule in rules
+    ]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,14 +66,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def as_markdown(entries: list[dict[str, Any]], algorithm: str) -> str:
     """The table of one algorithm."""
-    lines = ["| rule | calls | NFE | parses % | judge nats | entropy | distinct % |", "|---|---|---|---|---|---|---|"]
+    lines = ["| rule | calls | NFE | parses % | judge nats | entropy | copies % |", "|---|---|---|---|---|---|---|"]
     for entry in entries:
         if entry["algorithm"] == algorithm:
             parses, spread = 100 * entry["parse_rate"], 100 * entry["parse_rate_std"]
             lines.append(
                 f"| {entry['remasking']} | {entry['demasker_calls']:.0f} | {entry['nfe']:.1f} "
                 f"| {parses:.1f} ± {spread:.1f} | {entry['judge_nll']:.2f} ± {entry['judge_nll_std']:.2f} "
-                f"| {entry['entropy']:.2f} | {100 * entry['unique_rate']:.0f} |"
+                f"| {entry['entropy']:.2f} | {100 * entry['duplicate_rate']:.0f} |"
             )
     return "\n".join(lines)
 
@@ -85,19 +88,19 @@ def main() -> None:
     folder = Path(options.quickstart)
     data = CanonicalFunctions()
     data.prepare_data()
+    judge = build_judge(str(last_checkpoint(folder, "judge")), score_end=True)
+    table = Generation(
+        CrocodilPipeline.from_pretrained(folder / "pipeline"),
+        judge,
+        data.blocks("test"),
+        systems(data.length),
+        num_samples=options.num_samples,
+        seeds=SEEDS,
+        prior_steps=PRIOR_STEPS,
+        mauve_seeds=(),
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        table = Comparison(
-            CrocodilPipeline.from_pretrained(folder / "pipeline"),
-            StageCheckpoint(last_checkpoint(folder, "judge"), "judge").judge(),
-            data.blocks("test"),
-            options.num_samples,
-            PRIOR_STEPS,
-            REFRESH_PRIOR_STEPS,
-            Path(scratch) / "rows.jsonl",
-        )
-        wanted = [Setting("data", 0, None, None, None, seed) for seed in SEEDS]
-        wanted += [setting for algorithm in TEMPERATURES for setting in settings(algorithm, data.length)]
-        rows = [table.measure(setting) for setting in track(wanted, "rows")]
+        rows = table.rows(Ledger(scratch, "rules", {}))
     entries = summary(rows)
     for algorithm in ("data", *TEMPERATURES):
         print(f"\n{algorithm}\n{as_markdown(entries, algorithm)}", file=sys.stderr)

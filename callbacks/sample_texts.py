@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
-from crocodil.diffusion.noise import RowNoise
-from crocodil.evaluation.metrics import parse_rate, unigram_entropy, unique_rate
+from crocodil.evaluation.diversity import unigram_entropies
+from crocodil.evaluation.python_code import parses
 from crocodil.modules import AutoencoderModule, CrocodilModule, PriorModule
-from crocodil.pipeline import ALGORITHMS
+from crocodil.pipeline import ALGORITHMS, PipelineResult
 from crocodil.samplers import MaskedSampler
 
 Algorithm = Literal["masked", "conthendisc", "conwithindisc", "reconstruction"]
@@ -21,7 +21,7 @@ class SampleTexts(L.Callback):
     """At chosen validations, writes texts and logs them with their figures and their cost.
 
     The texts go to TensorBoard if that is the logger, and always to `samples/step-N-ALGORITHM.txt` in the log folder;
-    the figures are logged as `sample_ALGORITHM_parse_rate`, `_entropy`, `_unique_rate`, `_nfe`.
+    the figures are logged as `sample_ALGORITHM_parse_rate`, `_entropy`, `_duplicate_rate`, `_nfe`.
 
     Args:
         algorithms: which to run; None takes what the stage has: "masked" for a demasker, "reconstruction" for an
@@ -69,53 +69,37 @@ class SampleTexts(L.Callback):
             return
         assert isinstance(pl_module, CrocodilModule)
         for algorithm in self.algorithms or default_algorithms(pl_module):
-            texts, token_ids, nfe = self._write(trainer, pl_module, algorithm)
+            result = self._write(trainer, pl_module, algorithm)
             eos = trainer.datamodule.vocabulary.eos_token_id  # type: ignore[attr-defined]
             figures = {
-                "parse_rate": parse_rate(texts),
-                "unique_rate": unique_rate(texts),
-                "entropy": unigram_entropy(token_ids, eos),
-                "nfe": nfe,
+                "parse_rate": fmean(map(parses, result.texts)),
+                "duplicate_rate": 1 - len(set(result.texts)) / len(result.texts),
+                "entropy": float(unigram_entropies(result.token_ids, eos).mean()),
+                "nfe": result.cost.nfe,
             }
             pl_module.log_dict(
                 {f"sample_{algorithm}_{name}": value for name, value in figures.items()}, rank_zero_only=True
             )
-            self._log_texts(trainer, algorithm, texts)
+            self._log_texts(trainer, algorithm, result.texts)
 
-    def _write(
-        self, trainer: L.Trainer, pl_module: CrocodilModule, algorithm: Algorithm
-    ) -> tuple[list[str], Tensor, float]:
-        """Texts of one algorithm, their token ids, and the demasker-call equivalents of a text."""
+    def _write(self, trainer: L.Trainer, pl_module: CrocodilModule, algorithm: Algorithm) -> PipelineResult:
+        """Texts of one algorithm, with their cost."""
         data = trainer.datamodule  # type: ignore[attr-defined]
+        pipeline = pl_module.pipeline(data.codec)
+        settings: dict[str, Any] = {
+            "seed": self.seed,
+            "remasking": self.remasking,
+            "temperature": self.sampler.distribution.temperature,
+        }
         if algorithm == "reconstruction":
-            return self._reconstruct(data.blocks("val")[: self.num_samples], data.codec, pl_module)
-        result = pl_module.pipeline(data.codec)(
-            self.num_samples,
-            data.length,
-            algorithm,
-            self.sampler.num_steps,
-            seed=self.seed,
-            remasking=self.remasking,
-            temperature=self.sampler.distribution.temperature,
-            prior_steps=self.prior_steps,
+            source = data.blocks("val")[: self.num_samples]
+            result = pipeline.reconstruct(source, self.sampler.num_steps, **settings)
+            accuracy = (result.token_ids == source).float().mean()
+            pl_module.log("sample_reconstruction_token_accuracy", accuracy, rank_zero_only=True)
+            return result
+        return pipeline(
+            self.num_samples, data.length, algorithm, self.sampler.num_steps, prior_steps=self.prior_steps, **settings
         )
-        return result.texts, result.token_ids, result.cost.nfe
-
-    def _reconstruct(self, source: Tensor, codec, module: CrocodilModule) -> tuple[list[str], Tensor, float]:  # type: ignore[no-untyped-def]
-        assert isinstance(module, AutoencoderModule | PriorModule), "only stages with an encoder can reconstruct"
-        source = source.to(module.device)
-        noise = RowNoise(source.new_full((len(source),), self.seed) * 2**32 + source.new_ones(len(source)).cumsum(0))
-        out = self.sampler.sample(
-            module.demasker,
-            length=source.shape[1],
-            batch_size=len(source),
-            latents=module.encoder(source),
-            generator=noise,
-            device=module.device,
-        )
-        accuracy = (out.token_ids == source).float().mean()
-        module.log("sample_reconstruction_token_accuracy", accuracy, rank_zero_only=True)
-        return [codec.decode(row) for row in out.token_ids], out.token_ids, float(out.num_calls)
 
     def _log_texts(self, trainer: L.Trainer, algorithm: str, texts: Sequence[str]) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"  # a broadcast: all processes ask

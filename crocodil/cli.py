@@ -71,6 +71,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", metavar="CKPT", help="checkpoint of the autoencoder stage")
     parser.add_argument("--prior", metavar="CKPT", help="checkpoint of the prior stage")
     parser.add_argument("--base", metavar="CKPT", help="checkpoint of the demasker stage, for the algorithm `masked`")
+    parser.add_argument("--judge", metavar="CKPT", help="of the judge stage, alone: writes a folder for evaluations")
     parser.add_argument("--output", required=True, metavar="DIR")
 
 

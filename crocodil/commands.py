@@ -14,6 +14,7 @@ from rich.text import Text
 
 from crocodil.data.codec import TextCodec
 from crocodil.evaluation.film import Film
+from crocodil.evaluation.judge import Judge
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline, LatentProcess
@@ -91,16 +92,23 @@ def sample(
     )
 
 
-def export(autoencoder: str | None, prior: str | None, base: str | None, output: str) -> None:
-    """Collects checkpoints into a pipeline folder.
+def export(autoencoder: str | None, prior: str | None, base: str | None, output: str, judge: str | None = None) -> None:
+    """Collects checkpoints into a pipeline folder, or turns a judge's into a folder of transformers.
 
     Args:
         autoencoder: checkpoint of the autoencoder stage.
         prior: checkpoint of the prior stage, trained on that autoencoder.
         base: checkpoint of the demasker stage, which the algorithm "masked" samples from.
         output: folder to write.
+        judge: checkpoint of the judge stage, instead of all others.
     """
     check_writable(output)
+    if judge is not None:
+        if autoencoder or prior or base:
+            raise ValueError("a judge has a folder of its own: give --judge and --output alone")
+        build_judge(judge).save_pretrained(output)
+        Console(stderr=True).print(f"judge written to {output}; name it in lightning_configs/eval_*.yaml")
+        return
     build_pipeline(autoencoder, prior, base).save_pretrained(output)
     Console(stderr=True).print(f"pipeline written to {output}; try: crocodil sample --pipeline {output}")
 
@@ -130,6 +138,20 @@ def build_pipeline(autoencoder: str | None, prior: str | None, base: str | None)
     if base_checkpoint is not None:
         parts["base"] = base_checkpoint.demasker()
     return CrocodilPipeline(checkpoint.demasker(), checkpoint.codec, **parts)
+
+
+def build_judge(checkpoint: str, score_end: bool = False) -> Judge:
+    """The judge of a checkpoint, on the CPU.
+
+    Args:
+        checkpoint: of the judge stage.
+        score_end: see `Judge`.
+
+    Raises:
+        ValueError: if the checkpoint is of another stage.
+    """
+    read = StageCheckpoint(checkpoint, "judge")
+    return Judge(read.judge(), read.codec, read.codec, score_end)
 
 
 Views = tuple[ProgressCallback | None, StepCallback | None]

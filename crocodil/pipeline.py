@@ -21,6 +21,7 @@ from crocodil.evaluation.cost import Cost, bill, network_flops
 from crocodil.evaluation.stopwatch import Stopwatch
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
 from crocodil.samplers import ConThenDisc, ConWithinDisc, LatentSampler, MaskedSampler, SampleOutput
+from crocodil.samplers.conthendisc import first_registers
 from crocodil.samplers.latent import Solver
 from crocodil.samplers.protocols import ProgressCallback, StepCallback
 
@@ -134,6 +135,7 @@ class CrocodilPipeline:
         prompts: str | Sequence[str] | None = None,
         seed: int = 0,
         *,
+        first_sample: int = 0,
         num_registers: int | None = None,
         prior_steps: int = 32,
         refresh_steps: Sequence[int] | None = None,
@@ -156,6 +158,7 @@ class CrocodilPipeline:
             prompts: one text or several, of any lengths, kept in front of what is written; None for none. A prior that
                 was trained with conditions is told of them.
             seed: sample i draws from the stream of `seed` and i alone, whatever the batch size.
+            first_sample: the i of the first sample, so that several processes can each write a share.
             num_registers: registers the demasker reads, the first k of K; None for all.
             prior_steps: steps of the prior for the first draw.
             refresh_steps: see `ConWithinDisc`.
@@ -175,10 +178,7 @@ class CrocodilPipeline:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not -(2**31) <= seed < 2**31:
-            raise ValueError(f"seed must be at least -2^31 and below 2^31, got {seed}")
+        _check_batch_and_seed(batch_size, seed)
         prompt_ids = self._prompt_ids(prompts, num_samples)
         length = self._checked_length(length, max(map(len, prompt_ids)))
         self._check_networks(algorithm, num_registers)
@@ -195,26 +195,91 @@ class CrocodilPipeline:
         rows: list[Tensor] = [torch.empty(0)] * len(prompt_ids)
         calls: Counter[str] = Counter()
         for batch in batches(prompt_ids, batch_size):
-            seeds = torch.tensor([(seed << 32) + i for i in batch])
             out = draw(
                 length=length,
                 batch_size=len(batch),
                 prompt_ids=[torch.tensor(prompt_ids[i], dtype=torch.int64) for i in batch] if prompts else None,
-                generator=RowNoise(seeds.to(self.device)),
+                generator=self._noise(seed, [first_sample + i for i in batch]),
                 progress=progress,
                 on_step=on_step,
             )
             calls.update({name: count * len(batch) for name, count in out.calls.items()})
             for i, row in zip(batch, out.token_ids.cpu(), strict=True):
                 rows[i] = row[: len(prompt_ids[i]) + length]
-        seconds = stopwatch.read()
-        texts, num_tokens = self._texts(rows, prompt_ids, [stop] if isinstance(stop, str) else stop or [])
-        token_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.demasker.eos_token_id)
+        stops = [stop] if isinstance(stop, str) else stop or []
+        return self._result(rows, prompt_ids, stops, calls, stopwatch.read(), algorithm, num_registers)
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        token_ids: Tensor,
+        num_steps: int = 8,
+        *,
+        num_registers: int | None = None,
+        seed: int = 0,
+        first_sample: int = 0,
+        batch_size: int = 64,
+        **sampler: Any,
+    ) -> PipelineResult:
+        """Writes texts again from their own registers: z_0 = h_phi(x_0), then all masks (CRoCoDiL's autoencoding).
+
+        Args:
+            token_ids: (N, L) int64, the texts.
+            num_steps: demasker calls a text.
+            num_registers: registers the demasker reads, the first k of K; None for all.
+            seed: see `__call__`.
+            first_sample: see `__call__`.
+            batch_size: texts written at once.
+            sampler: further arguments of `MaskedSampler`; `temperature` is 0 if not given.
+
+        Raises:
+            ValueError: if a setting is out of range or the pipeline has no encoder.
+        """
+        if self.encoder is None:
+            raise ValueError(
+                "to reconstruct, a pipeline needs an encoder, but this one has none: export an autoencoder"
+            )
+        _check_batch_and_seed(batch_size, seed)
+        masked = masked_sampler(num_steps, **{"temperature": 0.0, "static_shapes": self.is_compiled, **sampler})
+        stopwatch = Stopwatch(self.device)
+        encoder, demasker = stopwatch.timed("encoder", self.encoder), stopwatch.timed("demasker", self.demasker)
+        rows: list[Tensor] = []
+        calls: Counter[str] = Counter()
+        for places in torch.arange(len(token_ids)).split(batch_size):
+            source = token_ids[places].to(self.device)
+            out = masked.sample(
+                demasker,
+                length=source.shape[1],
+                batch_size=len(source),
+                latents=first_registers(encoder(source), num_registers),
+                generator=self._noise(seed, (first_sample + places).tolist()),
+                device=self.device,
+            )
+            calls.update({name: count * len(source) for name, count in (out.calls | {"encoder": 1}).items()})
+            rows += out.token_ids.cpu()
+        return self._result(rows, [[]] * len(rows), [], calls, stopwatch.read(), "reconstruct", num_registers)
+
+    def _noise(self, seed: int, samples: Sequence[int]) -> RowNoise:
+        """The streams of some samples."""
+        return RowNoise(torch.tensor([(seed << 32) + i for i in samples]).to(self.device))
+
+    def _result(
+        self,
+        rows: Sequence[Tensor],
+        prompt_ids: Sequence[Sequence[int]],
+        stops: Sequence[str],
+        calls: Counter[str],
+        seconds: dict[str, float],
+        algorithm: Algorithm | Literal["reconstruct"],
+        num_registers: int | None,
+    ) -> PipelineResult:
+        """Texts and bill of what was written; `calls` are sums over texts."""
+        texts, num_tokens = self._texts(rows, prompt_ids, stops)
+        token_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.demasker.eos_token_id)
         mean_calls = {name: count / len(rows) for name, count in calls.items()}
         windows = [int(name[len("demasker[") : -1]) for name in calls if name.startswith("demasker[")]
         flops = self.flops(token_ids.shape[1], algorithm, num_registers, windows)
-        cost = bill(mean_calls, flops, seconds, num_tokens, len(rows))
-        return PipelineResult(texts, token_ids, cost)
+        return PipelineResult(texts, token_ids, bill(mean_calls, flops, seconds, num_tokens, len(rows)))
 
     def _texts(
         self, rows: Sequence[Tensor], prompt_ids: Sequence[Sequence[int]], stops: Sequence[str]
@@ -302,15 +367,20 @@ class CrocodilPipeline:
         return partial(within.sample, demasker, prior, encoder, device=self.device)
 
     def flops(
-        self, length: int, algorithm: Algorithm, num_registers: int | None = None, windows: Iterable[int] = ()
+        self,
+        length: int,
+        algorithm: Algorithm | Literal["reconstruct"],
+        num_registers: int | None = None,
+        windows: Iterable[int] = (),
     ) -> dict[str, int]:
         """FLOPs of one call of each network the algorithm uses; `length` counts the prompt. See `network_flops`."""
         unit = self.base or self.demasker
         if algorithm == "masked":
             return network_flops(length, unit, windows=windows)
-        assert self.prior is not None
-        registers = num_registers or self.prior.num_registers
-        return network_flops(length, self.demasker, registers, self.prior, self.encoder, unit, windows)
+        assert self.encoder is not None
+        registers = num_registers or self.encoder.num_registers
+        prior = None if algorithm == "reconstruct" else self.prior
+        return network_flops(length, self.demasker, registers, prior, self.encoder, unit, windows)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the pipeline as safetensors, tokenizer files and `crocodil.json`.
@@ -358,6 +428,13 @@ class CrocodilPipeline:
             latent_process=LatentProcess.from_dict(description["latent_process"]),
             **networks,
         )
+
+
+def _check_batch_and_seed(batch_size: int, seed: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not -(2**31) <= seed < 2**31:
+        raise ValueError(f"seed must be at least -2^31 and below 2^31, got {seed}")
 
 
 def masked_sampler(num_steps: int, **settings: Any) -> MaskedSampler:

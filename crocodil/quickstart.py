@@ -2,39 +2,35 @@
 
 import logging
 import os
-import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from crocodil.commands import build_pipeline
-from crocodil.comparison import Comparison, Setting
+from crocodil.commands import build_judge, build_pipeline
 from crocodil.data import CanonicalFunctions
-from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation import report
+from crocodil.evaluation.machine import machine
 from crocodil.evaluation.verdict import latent_use_sentence, verdict, verdict_sentences
-from crocodil.modules.autoencoder import MASK_RATIOS, losses_by_mask_ratio
-from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.experiments import Conditioning, Generation, SystemGrid
+from crocodil.experiments.cells import Ledger, array_fingerprint, fingerprint
 from crocodil.output import check_writable
 from crocodil.pipeline import CrocodilPipeline
-from crocodil.samplers import MaskedSampler
 from crocodil.trainer_cli import run_trainer
 
 SEEDS = (0, 1, 2)
 TABLE_WIDTH = 120
 PRIOR_STEPS, REFRESH_PRIOR_STEPS = 8, 8
+JUDGE_FOLDER = "judge-lm"
 Rule = tuple[str, float, int | None]
 """Order, temperature, and how many registers are read (None for all)."""
 BASE_RULES: tuple[Rule, ...] = (("random", 1.0, None), ("p2", 1.0, None))
@@ -94,13 +90,14 @@ def quickstart(output_dir: str, seed: int = 0, num_samples: int | None = None, s
         with clock.part(f"training the {SOURCES[stage.name]}", stage.minutes * scale):
             train(stage, folder, seed, scale)
     with clock.part("comparing the samplers", COMPARISON_MINUTES):
-        comparison = compare(folder, data, num_samples or 72, seed, clock.minutes)
-    report.write_results(folder, comparison)
-    path = report.write_report(folder, comparison)
+        content = compare(folder, data, num_samples or 72, seed, clock.minutes)
+    rows = [{key: value for key, value in row.items() if key != "examples"} for row in content.rows]
+    report.write_results(folder, rows)
+    path = report.write_report(folder, content)
     # A table that is cut off tells nothing: where the width is unknown or too small, lines wrap instead.
-    Console(stderr=True, width=max(console.width, TABLE_WIDTH)).print(report.results_table(comparison.rows))
-    sentences = verdict_sentences(verdict(comparison.rows, comparison.length))
-    for sentence in (*sentences, latent_use_sentence(comparison.latent_use)):
+    Console(stderr=True, width=max(console.width, TABLE_WIDTH)).print(report.results_table(content.rows))
+    sentences = verdict_sentences(verdict(content.rows, content.length))
+    for sentence in (*sentences, latent_use_sentence(content.conditioning)):
         console.print("- " + sentence)
     console.print(f"\ntable: {folder / 'results.json'}   report: {path}   pipeline: {folder / 'pipeline'}")
     console.print(f"write texts with it: crocodil sample --pipeline {folder / 'pipeline'}")
@@ -175,15 +172,13 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
-def comparison_settings(length: int) -> list[Setting]:
-    """The rows of the table, for each seed."""
+def systems(length: int) -> list[SystemGrid]:
+    """What the table compares."""
     all_steps = [length // n for n in (1, 2, 4, 8, 16, 32)]
     few_steps = all_steps[3:]
     return [
-        Setting(algorithm, num_steps, order, temperature, num_registers, seed)
-        for seed in SEEDS
+        SystemGrid(algorithm, steps, order, [temperature], num_registers)
         for algorithm, steps, rules in (
-            ("data", [0], ((None, None, None),)),
             ("base", all_steps, BASE_RULES),
             ("base", few_steps, (HOT_BASE_RULE,)),
             ("conthendisc", few_steps, (COARSE, WHOLE)),
@@ -191,37 +186,45 @@ def comparison_settings(length: int) -> list[Setting]:
             ("oracle", few_steps, (WHOLE,)),
         )
         for order, temperature, num_registers in rules
-        for num_steps in steps
     ]
 
 
 def compare(
     folder: Path, data: CanonicalFunctions, num_samples: int, seed: int, minutes: dict[str, float]
-) -> report.Comparison:
-    """Exports the pipeline, fills the table, and gathers what the report shows beside it."""
+) -> report.Report:
+    """Exports pipeline and judge, fills the tables, and gathers what the page shows beside them."""
     checkpoints = {stage.name: last_checkpoint(folder, stage.name) for stage in STAGES}
     pipeline = build_pipeline(str(checkpoints["autoencoder"]), str(checkpoints["prior"]), str(checkpoints["demasker"]))
     pipeline.save_pretrained(folder / "pipeline")
+    judge = build_judge(str(checkpoints["judge"]), score_end=True)
+    judge.save_pretrained(folder / JUDGE_FOLDER)
     held_out = data.blocks("test")
-    table = Comparison(
+    num_samples = min(num_samples, len(held_out) // 2)
+    context = {
+        "system": fingerprint(folder / "pipeline"),
+        "judge": fingerprint(folder / JUDGE_FOLDER),
+        "texts": array_fingerprint(held_out.numpy()),
+        "num_samples": num_samples,
+    }
+    table = Generation(
         pipeline,
-        StageCheckpoint(checkpoints["judge"], "judge").judge(),
+        judge,
         held_out,
-        num_samples,
-        PRIOR_STEPS,
-        REFRESH_PRIOR_STEPS,
-        folder / f"rows-{fingerprint(checkpoints.values(), num_samples)}.jsonl",
+        systems(data.length),
+        num_samples=num_samples,
+        seeds=SEEDS,
+        prior_steps=PRIOR_STEPS,
+        refresh_prior_steps=REFRESH_PRIOR_STEPS,
+        mauve_seeds=(),
     )
-    settings = comparison_settings(data.length)
-    with rows_progress() as bars:
-        task = bars.add_task("rows of the table", total=len(settings))
-        rows = table.rows(settings, lambda done, total: bars.update(task, completed=done))
-    return report.Comparison(
+    rows = table.rows(Ledger(folder / "cells", "generation", context))
+    use = Conditioning(pipeline, held_out, [pipeline.encoder.num_registers], num_texts=512)  # type: ignore[union-attr]
+    return report.Report(
         rows=rows,
         curves={SOURCES[stage.name]: loss_curve(folder / stage.name) for stage in STAGES},
-        latent_use=latent_use(pipeline, held_out[:512]),
-        texts=example_texts(table),
-        reconstruction=reconstruction(pipeline, held_out),
+        conditioning=use.rows(Ledger(folder / "cells", "conditioning", context)),
+        texts=example_texts(rows, data.length),
+        example=reconstruction(pipeline, held_out),
         machine=machine(),
         seeds=list(SEEDS),
         settings={
@@ -229,7 +232,7 @@ def compare(
             "functions in training / held out": f"{len(data.blocks('train'))} / {len(held_out)}",
             "num_registers": pipeline.encoder.num_registers if pipeline.encoder else None,
             "latent_dim": pipeline.encoder.latent_dim if pipeline.encoder else None,
-            "samples per row and seed": table.num_samples,
+            "samples per row and seed": num_samples,
             "prior steps (refresh)": f"{PRIOR_STEPS} ({REFRESH_PRIOR_STEPS})",
             "training seed": seed,
             "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in pipeline.networks().items()},
@@ -237,17 +240,6 @@ def compare(
         },
         length=data.length,
     )
-
-
-def fingerprint(checkpoints: Any, num_samples: int) -> str:
-    """Names the rows of one trained system: other weights never reuse them."""
-    return f"{num_samples}-" + "-".join(str(int(path.stat().st_mtime)) for path in checkpoints)
-
-
-def rows_progress() -> Progress:
-    """The bar of the comparison."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
 
 
 def loss_curve(folder: Path) -> list[dict[str, Any]]:
@@ -262,80 +254,37 @@ def loss_curve(folder: Path) -> list[dict[str, Any]]:
     return [points[step] for step in sorted(points)]
 
 
-def latent_use(pipeline: CrocodilPipeline, token_ids: Tensor) -> list[dict[str, float]]:
-    """Cross-entropy at masked positions against the mask ratio: true latents, none, and the base, which knows none."""
-    assert pipeline.encoder is not None and pipeline.base is not None
-    noise = RowNoise(torch.arange(len(token_ids)))
-    with torch.no_grad():
-        latents = pipeline.encoder(token_ids)
-        with_latents = losses_by_mask_ratio(pipeline.demasker, token_ids, latents, noise)
-        without_latents = losses_by_mask_ratio(pipeline.demasker, token_ids, None, noise)
-        base = losses_by_mask_ratio(pipeline.base, token_ids, None, noise)
-    return [
-        {
-            "mask_ratio": ratio,
-            "with_latents": float(with_latents[ratio]),
-            "without_latents": float(without_latents[ratio]),
-            "base": float(base[ratio]),
-        }
-        for ratio in MASK_RATIOS
-    ]
-
-
-def example_texts(table: Comparison) -> dict[str, list[str]]:
+def example_texts(rows: list[dict[str, Any]], length: int) -> dict[str, list[str]]:
     """A few texts of each kind, the first of their seeds and not chosen by quality."""
-    length = table.held_out.shape[1]
     few = length // 16
     chosen = {
-        "held-out data": Setting("data", 0, None, None, None, SEEDS[0]),
-        f"base, {length} calls": Setting("base", length, *BASE_RULES[0], SEEDS[0]),
-        f"base, {few} calls": Setting("base", few, *BASE_RULES[0], SEEDS[0]),
-        f"ConThenDisc, {few} calls": Setting("conthendisc", few, *COARSE, SEEDS[0]),
-        f"ConWithinDisc, {few} calls": Setting("conwithindisc", few, *COARSE, SEEDS[0]),
+        "held-out data": ("data", 0, None),
+        f"base, {length} calls": ("base", length, BASE_RULES[0][0]),
+        f"base, {few} calls": ("base", few, BASE_RULES[0][0]),
+        f"ConThenDisc, {few} calls": ("conthendisc", few, COARSE[0]),
+        f"ConWithinDisc, {few} calls": ("conwithindisc", few, COARSE[0]),
     }
-    return {label: table.write(setting).texts[:4] for label, setting in chosen.items()}
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        found.setdefault((row["algorithm"], row["num_steps"], row["remasking"]), row["examples"])
+    return {label: found[key] for label, key in chosen.items()}
 
 
-@torch.no_grad()
 def reconstruction(pipeline: CrocodilPipeline, held_out: Tensor) -> dict[str, Any]:
     """A held-out text beside what the demasker writes from its registers, with all of them and with fewer."""
     assert pipeline.encoder is not None
     source = held_out[held_out.count_nonzero(1).argmax()][None]  # the longest: EOS, which fills the tail, is id 0
-    latents, num_steps = pipeline.encoder(source), source.shape[1] // 8
+    num_steps = source.shape[1] // 8
 
-    def write(num_registers: int) -> tuple[str, float]:
-        out = MaskedSampler(num_steps).sample(
-            pipeline.demasker, length=source.shape[1], batch_size=1, latents=latents[:, :num_registers]
-        )
-        return pipeline.codec.decode(out.token_ids[0]), float((out.token_ids == source).float().mean())
+    def write(num_registers: int) -> dict[str, Any]:
+        result = pipeline.reconstruct(source, num_steps, num_registers=num_registers)
+        accuracy = float((result.token_ids == source).float().mean())
+        return {"num_registers": num_registers, "output": result.texts[0], "token_accuracy": accuracy}
 
     counts = [2**i for i in range(10) if 2**i < pipeline.encoder.num_registers]
-    fewer = [dict(zip(("num_registers", "output", "token_accuracy"), (k, *write(k)), strict=True)) for k in counts]
-    output, accuracy = write(pipeline.encoder.num_registers)
     return {
+        **write(pipeline.encoder.num_registers),
         "source": pipeline.codec.decode(source[0]),
-        "output": output,
-        "token_accuracy": accuracy,
         "num_steps": num_steps,
-        "with fewer registers": fewer,
+        "with fewer registers": [write(count) for count in counts],
     }
-
-
-def machine() -> dict[str, str]:
-    """Processor, cores and versions."""
-    return {
-        "processor": processor_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "torch threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("crocodil", "torch", "lightning", "transformers")},
-    }
-
-
-def processor_name() -> str:
-    """The processor as the system names it."""
-    info = Path("/proc/cpuinfo")
-    names: Sequence[str] = info.read_text().splitlines() if info.is_file() else ()
-    return next(
-        (line.split(":", 1)[1].strip() for line in names if line.startswith("model name")), platform.processor()
-    )

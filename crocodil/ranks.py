@@ -37,3 +37,32 @@ def as_part_of_all(mean: Tensor, count: Tensor) -> Tensor:
         return mean
     count = count.to(mean.device, mean.dtype, non_blocking=True)
     return mean * (count / mean_over_ranks(count))
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks: (N_rank, ...) -> (N, ...).
+
+    Args:
+        rows: may differ in number, not in the other sizes.
+    """
+    if rank_and_size()[1] == 1:
+        return rows
+    from torchmetrics.utilities.distributed import gather_all_tensors  # a slow import
+
+    return torch.cat(gather_all_tensors(rows))
+
+
+def mean_over_items(means: dict[str, float], num_items: int, device: torch.device) -> dict[str, float]:
+    """Means over the items of this process, as means over those of all processes.
+
+    Args:
+        means: the same names everywhere.
+        num_items: items of this process.
+        device: of the process group's backend.
+    """
+    if rank_and_size()[1] == 1:
+        return means
+    sums = torch.tensor([*(value * num_items for value in means.values()), num_items], dtype=torch.float64)
+    sums = sums.to(device)
+    distributed.all_reduce(sums)
+    return dict(zip(means, (sums[:-1] / sums[-1]).tolist(), strict=True))

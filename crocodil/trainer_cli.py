@@ -8,11 +8,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from crocodil.data.block_datamodule import BlockDataModule
-from crocodil.modules import CrocodilModule, ShardedStrategy
+from crocodil.modules import ShardedStrategy
 from crocodil.modules.checkpoints import read_checkpoint
+from crocodil.modules.evaluation import EvaluationModule
 from crocodil.output import check_writable
 
 CALLBACK_GROUP = "crocodil.callbacks"
@@ -59,7 +61,7 @@ class CrocodilCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
-            CrocodilModule,
+            LightningModule,  # a stage or an evaluation
             BlockDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -76,11 +78,14 @@ class CrocodilCLI(LightningCLI):
         parser.link_arguments("data.vocabulary", "model.init_args.vocabulary", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuses an unfit `--ckpt_path` before any work is done."""
+        """Refuses an unfit command or `--ckpt_path` before any work is done."""
         super().parse_arguments(parser, args)
+        module, _, name = self.config[self.config.subcommand].model.class_path.rpartition(".")
+        model = getattr(import_module(module), name)
+        if issubclass(model, EvaluationModule) and (self.config.subcommand != "test" or self._ckpt_path()):
+            raise ValueError(f"{name} evaluates a pipeline folder: run it with `crocodil test`, without --ckpt_path")
         if path := self._ckpt_path():
-            module, _, name = self.config[self.config.subcommand].model.class_path.rpartition(".")
-            read_checkpoint(path, getattr(import_module(module), name).stage)
+            read_checkpoint(path, model.stage)
 
     def _ckpt_path(self) -> Path | None:
         given = self.config[self.config.subcommand].ckpt_path

@@ -11,6 +11,7 @@ import torch
 import crocodil
 from crocodil.commands import build_pipeline
 from crocodil.pipeline import ALGORITHMS, CrocodilPipeline, batches
+from crocodil.samplers import MaskedSampler
 
 FEW = {"num_steps": 4, "prior_steps": 3, "refresh_prior_steps": 2, "temperature": 1.0}
 PROMPTS = ["def f(v0):", "def f(v0, v1):\n    v2 = v0 + v1", ""]
@@ -289,3 +290,36 @@ except SystemExit:
     print({HEAVY})
 """
     assert python(code).splitlines()[-1] == "[]"
+
+
+def test_texts_are_written_again_from_their_own_registers(tiny_system: Any, tiny_pipeline: CrocodilPipeline) -> None:
+    source = tiny_system.data().blocks("test")[:5]
+    result = tiny_pipeline.reconstruct(source, 4, num_registers=2, batch_size=2)
+    with torch.no_grad():
+        latents = tiny_pipeline.encoder(source)[:, :2]  # type: ignore[misc]
+    out = MaskedSampler(4).sample(tiny_pipeline.demasker, length=32, batch_size=5, latents=latents)
+    assert torch.equal(result.token_ids, out.token_ids)
+    assert result.texts == [tiny_pipeline.codec.decode(row) for row in out.token_ids]
+    assert result.cost.calls == {"demasker": 4, "encoder": 1} and result.cost.nfe > 4
+    assert set(result.cost.seconds_by_part) == {"demasker", "encoder", "sampling"}
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_shares_of_several_processes_are_the_texts_of_one(
+    first: int, tiny_system: Any, tiny_pipeline: CrocodilPipeline
+) -> None:
+    whole = tiny_pipeline(6, algorithm="conthendisc", seed=2, **FEW)
+    part = tiny_pipeline(3, algorithm="conthendisc", seed=2, first_sample=first, **FEW)
+    assert torch.equal(part.token_ids, whole.token_ids[first : first + 3])
+    source = tiny_system.data().blocks("test")[:6]
+    rule = {"remasking": "random", "temperature": 1.0, "seed": 2}
+    again = tiny_pipeline.reconstruct(source, 4, **rule)
+    part = tiny_pipeline.reconstruct(source[first : first + 3], 4, first_sample=first, **rule)
+    assert torch.equal(part.token_ids, again.token_ids[first : first + 3])
+
+
+def test_without_an_encoder_nothing_is_reconstructed(plain: CrocodilPipeline) -> None:
+    with pytest.raises(ValueError, match="needs an encoder, but this one has none"):
+        plain.reconstruct(torch.ones(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        plain(1, algorithm="masked", batch_size=0)

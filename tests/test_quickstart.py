@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from crocodil.pipeline import CrocodilPipeline
-from crocodil.quickstart import SEEDS, comparison_settings
+from crocodil.quickstart import SEEDS, systems
 
 KEYS = {
     "algorithm",
@@ -24,7 +24,7 @@ KEYS = {
     "entropy",
     "distance",
     "parse_rate",
-    "unique_rate",
+    "duplicate_rate",
     "seed",
 }
 
@@ -52,7 +52,8 @@ def test_killed_and_started_again_it_goes_on_and_tells_everything(tmp_path):
     assert first_stage.stat().st_mtime_ns == written, "a finished stage was trained again"
 
     rows = json.loads((output / "results.json").read_text())
-    assert len(rows) == len(comparison_settings(64)) and all(row.keys() >= KEYS for row in rows)
+    cells = 1 + sum(len(grid.num_steps) * len(grid.temperature) for grid in systems(64))
+    assert len(rows) == cells * len(SEEDS) and all(row.keys() >= KEYS for row in rows)
     assert {row["seed"] for row in rows} == set(SEEDS)
     base = {row["num_steps"] for row in rows if row["algorithm"] == "base"}
     assert base == {64, 32, 16, 8, 4, 2}

@@ -102,7 +102,7 @@ class BlockDataModule(LightningDataModule, ABC):
         """
         needed: dict[str | None, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
         for split in needed.get(stage, ("train", "val")):
-            self._array(split)
+            self.array(split)
 
     def blocks(self, split: Split) -> Tensor:
         """All blocks of a split in order.
@@ -116,20 +116,20 @@ class BlockDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: if the split is empty.
         """
-        return torch.from_numpy(self._array(split).astype(np.int64))
+        return torch.from_numpy(self.array(split).astype(np.int64))
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Shuffled batches of the training split, all of `batch_size` blocks; each process has its own."""
-        dataset = BlockDataset(self._array("train"))
+        dataset = BlockDataset(self.array("train"))
         return self._loader(dataset, ResumableLoader, sampler=EpochShuffle(dataset, self.seed), drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the validation split, in order."""
-        return self._loader(BlockDataset(self._array("val")))
+        return self._loader(BlockDataset(self.array("val")))
 
     def test_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the test split, in order."""
-        return self._loader(BlockDataset(self._array("test")))
+        return self._loader(BlockDataset(self.array("test")))
 
     def predict_dataloader(self) -> DataLoader[Tensor]:
         """Batches of the test split, in order."""
@@ -147,7 +147,15 @@ class BlockDataModule(LightningDataModule, ABC):
             **options,
         )
 
-    def _array(self, split: Split) -> np.ndarray:
+    def array(self, split: Split) -> np.ndarray:
+        """All blocks of a split, memory-mapped: (N, L) int32.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Raises:
+            ValueError: if the split is too small.
+        """
         folder = self._prepared_folder()
         array = np.load(folder / f"{split}.npy", mmap_mode="r")
         least = self.batch_size * rank_and_size()[1] if split == "train" else 1

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from crocodil.evaluation.intervals import half_width
 from crocodil.evaluation.verdict import Row
 
 
@@ -77,6 +78,7 @@ STYLE: dict[Any, Any] = {
 QUANTITIES = {  # key: (label, factor)
     "nfe": ("Network cost, in demasker calls", 1),
     "seconds_per_sample": ("Milliseconds per sample", 1000),
+    "mauve": ("MAUVE", 1),
     "parse_rate": ("Parse rate (square-root scale)", 1),
     "judge_nll": ("Judge NLL, nats per token", 1),
     "entropy": ("Entropy within a text, nats", 1),
@@ -153,7 +155,7 @@ def cost_panel(x: str, y: str, lines: dict[str, list[Row]], collapsed: list[Row]
     for name, rows in lines.items():
         line, color = LINES[name], PALETTE[name][0]
         values = np.array([row[y] for row in rows]) * yfactor
-        spread = np.nan_to_num([row[f"{y}_std"] for row in rows]) * yfactor
+        spread = np.nan_to_num([half_width(row[f"{y}_std"], row["num_seeds"]) for row in rows]) * yfactor
         lower = np.minimum(spread, values) if y == "parse_rate" else spread
         axes.errorbar(
             [row[x] * xfactor for row in rows],
@@ -181,39 +183,114 @@ def cost_panel(x: str, y: str, lines: dict[str, list[Row]], collapsed: list[Row]
     return _svg(figure, f"{ylabel} against {xlabel}")
 
 
-def has_base(points: list[Row]) -> bool:
-    """Whether any point of the use of latents tells the cross-entropy of the base model."""
-    return any(math.isfinite(_missing_as_nan(point.get("base"))) for point in points)
-
-
 @rc_context(STYLE)
-def latent_panel(points: list[Row]) -> Markup:
-    """Cross-entropy against mask ratio, with and without latents, and that of the base model where it is given.
+def temperature_panel(summary: list[Row], data: Row) -> Markup:
+    """Judge NLL against entropy, each line one system at one budget over its temperatures.
 
     Args:
-        points: Dicts of `mask_ratio` (0 to 1), `with_latents`, `without_latents` and optionally `base` (nats per masked
-            token).
+        summary: of `summarise`; settings with a single temperature are points.
+        data: Summary row of the held-out programs.
 
     Returns:
         The panel as inline SVG.
     """
-    points = sorted(points, key=lambda point: point["mask_ratio"])
-    title = "Cross-entropy, nats per masked token"
+    figure, axes = _axes("Judge NLL against entropy, over temperatures", QUANTITIES["entropy"][0])
+    axes.set_ylabel(QUANTITIES["judge_nll"][0])
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in summary:
+        if row["algorithm"] != "data":
+            lines.setdefault((row["algorithm"], row["remasking"], row["num_registers"], row["num_steps"]), []).append(
+                row
+            )
+    for (algorithm, *_), rows in lines.items():
+        line, color = LINES[algorithm], PALETTE[algorithm][0]
+        rows = sorted(rows, key=lambda row: row["temperature"])
+        axes.errorbar(
+            [row["entropy"] for row in rows],
+            [row["judge_nll"] for row in rows],
+            yerr=np.nan_to_num([half_width(row["judge_nll_std"], row["num_seeds"]) for row in rows]),
+            color=color,
+            fmt=line.marker,
+            linestyle=line.style,
+            markersize=4,
+            linewidth=1.0,
+            elinewidth=0.8,
+            alpha=0.8,
+        )
+        axes.annotate(f"{rows[-1]['num_steps']}", (rows[-1]["entropy"], rows[-1]["judge_nll"]), color=MUTED, fontsize=8)
+    axes.plot(data["entropy"], data["judge_nll"], "*", color=INK, markersize=12)
+    return _svg(figure, "Judge NLL against entropy over temperatures, by number of calls")
+
+
+@rc_context(STYLE)
+def conditioning_panel(rows: list[Row], y: str) -> Markup:
+    """Cross-entropy or top-1 accuracy against the mask ratio, a line for each number of true registers.
+
+    Args:
+        rows: Dicts of `system`, `num_registers` (0 for none), `mask_ratio` (0 to 1), `cross_entropy` (nats), `top1`.
+        y: "cross_entropy" or "top1".
+
+    Returns:
+        The panel as inline SVG.
+    """
+    title = {"cross_entropy": "Cross-entropy, nats per masked token", "top1": "Top-1 accuracy at masked tokens"}[y]
     figure, axes = _axes(title, "Share of tokens masked")
-    ratios = [point["mask_ratio"] for point in points]
-    without, with_latents, base = (
-        [_missing_as_nan(point.get(key)) for point in points] for key in ("without_latents", "with_latents", "base")
-    )
-    axes.fill_between(ratios, with_latents, without, color=PALETTE["conthendisc"][0], alpha=0.12, linewidth=0)
-    if has_base(points):
-        axes.plot(ratios, base, "s--", color=PALETTE["base"][0], label="base model")
-    axes.plot(ratios, without, "o-", color=MUTED, label="without the sketch")
-    axes.plot(ratios, with_latents, "^-", color=PALETTE["conthendisc"][0], label="with the sketch")
-    axes.set_ylim(bottom=0)
+    lines: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["mask_ratio"]):
+        lines.setdefault((row["system"], row["num_registers"]), []).append(row)
+    counts = sorted({count for system, count in lines if system == "demasker" and count}, reverse=True)
+    for (system, count), points in lines.items():
+        color, style, label = MUTED, "o-", "without the sketch"
+        if system == "base":
+            color, style, label = PALETTE["base"][0], "s--", "base model"
+        elif count:
+            color, label = PALETTE["conthendisc"][0], f"{count} register{'s' if count > 1 else ''}"
+            style = "^" + ("-", "--", "-.", ":")[counts.index(count) % 4]
+        values = [_missing_as_nan(point.get(y)) for point in points]
+        axes.plot([point["mask_ratio"] for point in points], values, style, color=color, label=label, markersize=5)
+    axes.set_ylim(bottom=0, top=1 if y == "top1" else None)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if y == "top1":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend(loc="outside lower center", ncols=3)
-    base_too = ", and of the base" if has_base(points) else ""
-    return _svg(figure, f"{title}, against share of tokens masked, with and without latents{base_too}")
+    return _svg(figure, f"{title}, against share of tokens masked, by number of registers")
+
+
+@rc_context(STYLE)
+def reconstruction_panel(items: list[Row], y: str) -> Markup:
+    """A figure of reconstruction against demasker calls, a line for each block size and number of registers.
+
+    Args:
+        items: summarised rows of `Reconstruction`.
+        y: "cer", "token_accuracy" or "parse_rate".
+
+    Returns:
+        The panel as inline SVG.
+    """
+    title = {"cer": "Character error rate", "token_accuracy": "Token accuracy", "parse_rate": "Parse rate"}[y]
+    figure, axes = _axes(title, "Demasker calls")
+    lines: dict[tuple[Any, Any], list[Row]] = {}
+    for item in items:
+        if item["num_steps"]:
+            lines.setdefault((item["num_registers"], item["block_size"]), []).append(item)
+    colors = [PALETTE[name][0] for name in ("conthendisc", "base", "conwithindisc", "oracle")]
+    blocks = list(dict.fromkeys(block for _, block in lines))
+    counts = list(dict.fromkeys(count for count, _ in lines))
+    for (count, block), points in lines.items():
+        points = sorted(points, key=lambda point: point["num_steps"])
+        registers = "all registers" if count is None else f"{count} register{'s' if count > 1 else ''}"
+        axes.plot(
+            [point["num_steps"] for point in points],
+            [_missing_as_nan(point.get(y)) for point in points],
+            "o^sDv"[counts.index(count) % 5] + ("-", "--", "-.", ":")[counts.index(count) % 4],
+            color=colors[blocks.index(block) % 4],
+            label=registers + ("" if block is None else f", blocks of {block}"),
+            markersize=5,
+        )
+    _scale_x(axes, "nfe")
+    axes.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return _svg(figure, f"{title} of reconstructions against demasker calls")
 
 
 @rc_context(STYLE)

@@ -35,8 +35,19 @@ GLOSSARY = (  # header, meaning, what it hides
     ("Fréchet", "Fréchet distance between judge features of samples and of held-out programs; lower is better.",
      "It is never zero for a finite number of samples: the data row is the floor."),
     ("Parse %", "Share of samples that Python can parse.", "Meaning: short and trivial programs parse easily."),
-    ("Unique %", "Share of distinct samples.", "Near-copies, and copies of the training data."),
+    ("Copies %", "Share of samples that are copies of another one.", "Near-copies, and copies of the training data."),
+    ("MAUVE", "Agreement with held-out programs in the judge's features (mauve-text), mean over its k-means seeds.",
+     "It moves by .01 with the k-means seed, and depends on the number of samples: compare with the data row."),
+    ("Compile %", "Share of samples that Python can compile.", "Unknown names, and what happens at run time."),
+    ("Undefined", "Undefined names a sample, of those that parse (pyflakes).", "Samples that do not parse."),
+    ("Distinct-2", "Distinct pairs of tokens over all pairs, of all samples together.",
+     "It falls with the number of samples."),
+    ("Distinct-4", "Likewise for runs of four tokens.", "It falls with the number of samples."),
+    ("Copied run", "Longest run of tokens that also stands in the training data, mean over samples.",
+     "Short programs are copied whole by chance: compare with the data row."),
 )  # fmt: skip
+TERMINAL_COLUMNS = 11
+"""So many columns, from the left, fit a terminal of 120; the page shows all that were measured."""
 
 
 def highlight(code: str) -> Markup:
@@ -74,7 +85,7 @@ def reconstruction_cards(reconstruction: Row) -> list[tuple[str, Markup]]:
     """The source and what was written from its sketch, with all registers and with fewer.
 
     Args:
-        reconstruction: As in `report.Comparison`.
+        reconstruction: As in `report.Report`.
 
     Returns:
         Titles and escaped HTML, tokens that differ from the source marked; empty if there is none.
@@ -130,14 +141,22 @@ def introduce(settings: dict[str, Any], machine: dict[str, str], length: int) ->
     """What is compared, what it was trained on and where.
 
     Args:
-        settings: As in `report.Comparison`.
-        machine: As in `report.Comparison`.
+        settings: As in `report.Report`.
+        machine: As in `report.Report`.
         length: Program length L in tokens.
 
     Returns:
-        Two paragraphs.
+        Two paragraphs, or one where nothing is known of the training.
     """
-    sketch = f"{settings.get('num_registers', 'a few')} registers of {settings.get('latent_dim', 'several')} numbers"
+    if "corpus" not in settings:
+        cores = f", {machine['cores']} cores" if "cores" in machine else ""
+        host = machine.get("gpu") or machine.get("processor", "an unnamed processor")
+        return [
+            f"The pipeline {settings.get('pipeline', '')} on held-out texts of up to {length} tokens. Machine: "
+            f"{host}{cores}."
+        ]
+    known = {key: settings[key] for key in ("num_registers", "latent_dim") if settings.get(key) is not None}
+    sketch = f"{known.get('num_registers', 'a few')} registers of {known.get('latent_dim', 'several')} numbers"
     minutes = settings.get("minutes", {})
     parts = plain(minutes, FORMATS["minutes"])
     duration = f" Data and training took {sum(minutes.values()):.1f} minutes ({parts})." if minutes else ""
@@ -147,7 +166,7 @@ def introduce(settings: dict[str, Any], machine: dict[str, str], length: int) ->
         "A masked-diffusion language model (the base) writes a program by filling masked tokens, many in one network "
         "call: fewer calls are faster, and worse. Here it is compared with itself guided by a sketch of the whole "
         "program. ConThenDisc draws the sketch first and then fills in tokens; ConWithinDisc draws it again half-way.",
-        f"Trained on {settings.get('corpus', 'Python functions')}: programs of up to {length} tokens, "
+        f"Trained on {settings['corpus']}: programs of up to {length} tokens, "
         f"sketches of {sketch}. Machine: {host}.{duration}",
     ]
 
@@ -166,7 +185,7 @@ def render(**context: Any) -> str:
     """Fills the page; every text is escaped.
 
     Args:
-        **context: The variables of `report.html.jinja` besides its colours, legend and glossary.
+        **context: The variables of `report.html.jinja` besides its colours and legend.
 
     Returns:
         The HTML document.
@@ -177,4 +196,4 @@ def render(**context: Any) -> str:
     template = (files("crocodil.evaluation") / "report.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(template)
-    return page.render(lines=LINES, glossary=GLOSSARY, **_theme(), **context).strip() + "\n"
+    return page.render(lines=LINES, **_theme(), **context).strip() + "\n"

@@ -26,9 +26,13 @@ NAMES = {
     "oracle": "Oracle",
 }
 MISSING = "\N{EN DASH}"
-SETTING = ("algorithm", "remasking", "temperature", "num_registers", "num_steps")
+SETTING = ("algorithm", "remasking", "temperature", "num_registers", "num_steps", "length")
 CALLS = ("demasker_calls", "prior_calls", "encoder_calls")
-MEASURES = (*CALLS, "nfe", "seconds_per_sample", "judge_nll", "entropy", "distance", "parse_rate", "unique_rate")
+MEASURES = (
+    *CALLS,
+    *("nfe", "seconds_per_sample", "judge_nll", "entropy", "distance", "parse_rate", "duplicate_rate"),
+    *("mauve", "compile_rate", "undefined_names", "distinct_2", "distinct_4", "copied_run", "copied_share"),
+)
 
 
 def _mean_and_std(values: list[float | None]) -> tuple[float, float]:
@@ -42,7 +46,7 @@ def summarise(rows: list[Row]) -> list[Row]:
     """Mean and sample standard deviation over seeds of every setting.
 
     Args:
-        rows: Rows as in `report.Comparison`.
+        rows: Rows as in `report.Report`.
 
     Returns:
         One dict per setting: the entries of `SETTING`, `num_seeds`, and each measure `m` as
@@ -113,7 +117,7 @@ def verdict(rows: list[Row], length: int) -> list[Row]:
     repetition cannot win; a base without such a setting is compared whatever its entropy, which favours the base.
 
     Args:
-        rows: Rows as in `report.Comparison`.
+        rows: Rows as in `report.Report`.
         length: Program length L in tokens.
 
     Returns:
@@ -173,7 +177,8 @@ def milliseconds(row: Row) -> str:
     return number(time, 2 if time < 100 else 0)
 
 
-def _setting(row: Row) -> str:
+def setting_words(row: Row) -> str:
+    """Rule, registers and temperature of a row in words."""
     order = (row["remasking"] or "unknown").replace("_", " ")
     registers = f", first {row['num_registers']} registers" if row["num_registers"] is not None else ""
     return f"{order} order{registers}" + (f", T = {row['temperature']:g}" if row["temperature"] is not None else "")
@@ -199,17 +204,20 @@ def verdict_sentences(items: list[Row]) -> list[str]:
     return [_say(item) for item in items]
 
 
-def latent_use_sentence(points: list[Row]) -> str:
+def latent_use_sentence(rows: list[Row]) -> str:
     """Says whether the demasker uses the true latents, won or lost.
 
     Args:
-        points: `latent_use` of `report.Comparison`; ratios of at least 0.5 are told.
+        rows: `conditioning` of `report.Report`; the most registers against none, at ratios of at least 0.5.
     """
-    told = [point for point in points if point["mask_ratio"] >= 0.5]
-    halved = all(point["with_latents"] <= 0.5 * point["without_latents"] for point in told)
+    curves: dict[int, dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if row["system"] == "demasker" and row["mask_ratio"] >= 0.5:
+            curves[row["num_registers"]][row["mask_ratio"]] = row["cross_entropy"]
+    with_latents, without = curves[max(curves)], curves[0]
+    halved = all(value <= 0.5 * without[ratio] for ratio, value in with_latents.items())
     figures = ", ".join(
-        f"{number(point['with_latents'])} against {number(point['without_latents'])} at {point['mask_ratio']:g}"
-        for point in told
+        f"{number(value)} against {number(without[ratio])} at {ratio:g}" for ratio, value in with_latents.items()
     )
     verb = "uses the sketch" if halved else "makes too little of the sketch"
     return (
@@ -243,7 +251,7 @@ def _say(item: Row) -> str:
         f"It parses {spread(latent, 'parse_rate', 1, 100)} % against {spread(base, 'parse_rate', 1, 100)} % for the "
         f"base; the judge gives it {spread(latent, 'judge_nll')} against {spread(base, 'judge_nll')} nats per token "
         f"(lower is better); its entropy is {number(latent['entropy'])} against {number(base['entropy'])} nats, the "
-        f"data's {number(item['data_entropy'])}. ({name}: {_setting(latent)}; base: {_setting(base)}.)"
+        f"data's {number(item['data_entropy'])}. ({name}: {setting_words(latent)}; base: {setting_words(base)}.)"
     )
     cost = (
         f"With the prior it costs {number(latent['nfe'], 1)} demasker-call equivalents against "
@@ -275,6 +283,6 @@ def _say_match(item: Row, name: str) -> str:
         return "Base budget with the same parse rate and an entropy near the data's: none measured."
     cost, time = (_ratio(match, latent, measure) for measure in ("nfe", "seconds_per_sample"))
     return (
-        f"The base ({_setting(match)}) first reaches that parse rate, with an entropy near the data's, at "
+        f"The base ({setting_words(match)}) first reaches that parse rate, with an entropy near the data's, at "
         f"{_calls(match['demasker_calls'])}: {cost} times the network cost and {time} times the wall time of {name}."
     )

@@ -20,6 +20,7 @@ from crocodil.diffusion.masking import (
     masked_cross_entropy,
 )
 from crocodil.diffusion.noise import BatchNoise, RowNoise
+from crocodil.evaluation.masked_prediction import MaskedPrediction
 from crocodil.models import Demasker, RegisterEncoder
 from crocodil.models.pretrained import Pretrained
 from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, Batch, CrocodilModule
@@ -28,8 +29,6 @@ from crocodil.modules.demasker import base_demasker, draw_masks, masked_diffusio
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.samplers import MaskedSampler
-
-MASK_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -189,13 +188,22 @@ class AutoencoderModule(CrocodilModule):
             for name, z in {"loss": disturbed, "loss_clean": latents, "loss_no_latents": None}.items()
         }
 
+    def on_test_start(self) -> None:
+        """Fresh figures for `test_step`."""
+        self.masked = {name: MaskedPrediction().to(self.device) for name in ("masked_loss", "masked_loss_no_latents")}
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Beside the figures of validation, the cross-entropy against the mask ratio, with and without latents."""
         super().test_step(batch, batch_idx)
         token_ids, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
-        for name, latents in {"masked_loss": self.encoder(token_ids), "masked_loss_no_latents": None}.items():
-            for ratio, value in losses_by_mask_ratio(self.demasker, token_ids, latents, noise).items():
-                self.log(f"test_{name}_{ratio}", value, sync_dist=True, batch_size=token_ids.shape[0])
+        for metric, latents in zip(self.masked.values(), (self.encoder(token_ids), None), strict=True):
+            metric.update(self.demasker, token_ids, latents, noise)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the cross-entropies as `test_masked_loss_RATIO`, over all masked tokens of all processes."""
+        for name, metric in self.masked.items():
+            for ratio, value in zip(metric.ratios, metric.compute()["cross_entropy"], strict=True):
+                self.log(f"test_{name}_{ratio}", value, rank_zero_only=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Autoencoding: a held-out text is encoded and written again from its registers alone."""
@@ -251,25 +259,3 @@ def disturb_latents(
     if settings.masking:
         visible &= noise.uniform(STREAM_CHOICE, 2, registers) >= settings.masking
     return disturbed, visible
-
-
-@torch.no_grad()
-def losses_by_mask_ratio(
-    demasker: Demasker, token_ids: Tensor, latents: Tensor | None, noise: RowNoise
-) -> dict[float, Tensor]:
-    """Mean cross-entropy at masked positions, in nats, for each ratio of `MASK_RATIOS` (the paper's figure 4).
-
-    Args:
-        demasker: the network to ask.
-        token_ids: (B, L) int64, clean texts.
-        latents: (B, K, D) float, their registers; None asks without.
-        noise: draws the masks: the same noise hides the same tokens, and more of them at a larger ratio.
-    """
-    uniform = noise.to(token_ids.device).uniform(STREAM_MASK, 2, token_ids.shape[1])
-    losses = {}
-    for ratio in MASK_RATIOS:
-        mask_prob = torch.full((token_ids.shape[0],), ratio, device=token_ids.device)
-        noisy_ids, is_masked = corrupt(token_ids, mask_prob, uniform, demasker.mask_token_id)
-        nats, _ = demasker.nats(noisy_ids, token_ids, is_masked, latents)
-        losses[ratio] = nats.sum() / is_masked.sum().clamp(min=1)
-    return losses

@@ -8,7 +8,7 @@ import pytest
 from crocodil_callbacks import SampleTexts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from crocodil.evaluation.metrics import parse_rate, unique_rate
+from crocodil.evaluation.python_code import parses
 from crocodil.trainer_cli import run_trainer
 
 ALGORITHMS = {"demasker": ["masked"], "autoencoder": ["reconstruction"], "prior": ["conthendisc", "conwithindisc"]}
@@ -42,12 +42,14 @@ def test_texts_and_figures_at_every_validation(stage: str, tiny_system: Any, tmp
         page = (tmp_path / "samples" / f"step-000002-{algorithm}.txt").read_text().removesuffix("\n")
         texts = page.split(BREAK)
         assert len(texts) == 3
-        figures = {name: events.Scalars(f"sample_{algorithm}_{name}") for name in ("parse_rate", "unique_rate", "nfe")}
+        figures = {
+            name: events.Scalars(f"sample_{algorithm}_{name}") for name in ("parse_rate", "duplicate_rate", "nfe")
+        }
         assert all(len(points) == 2 for points in figures.values())
-        assert figures["parse_rate"][1].value == pytest.approx(parse_rate(texts))
-        assert figures["unique_rate"][1].value == pytest.approx(unique_rate(texts))
+        assert figures["parse_rate"][1].value == pytest.approx(sum(map(parses, texts)) / 3)
+        assert figures["duplicate_rate"][1].value == pytest.approx(1 - len(set(texts)) / len(texts))
         calls = figures["nfe"][1].value
-        assert calls == 4.0 if algorithm in ("masked", "reconstruction") else calls > 4.0
+        assert calls == 4.0 if algorithm == "masked" else calls > 4.0
         shown = events.Tensors(f"samples/{algorithm}/text_summary")[1].tensor_proto.string_val[0].decode()
         assert page in shown
     metrics = cli.trainer.callback_metrics

@@ -20,7 +20,7 @@ def test_nested_settings_are_said_with_their_units() -> None:
         "training steps": "base 800, judge 1, 2.5",
         "sigma": "0.75",
     }
-    assert "took 2.8 minutes (base 2.7, latent prior 0.0)" in introduce(settings, {}, 64)[1]
+    assert "took 2.8 minutes (base 2.7, latent prior 0.0)" in introduce(settings | {"corpus": "functions"}, {}, 64)[1]
 
 
 def test_entropy_is_told_as_it_is_measured() -> None:

@@ -208,12 +208,22 @@ def test_missing_numbers_win_nothing(data: Row, base: Row, latent: Row) -> None:
 
 
 def test_the_use_of_latents_is_told_won_or_lost() -> None:
-    used = [
-        {"mask_ratio": r, "with_latents": 0.1, "without_latents": w} for r, w in ((0.1, 0.11), (0.5, 0.2), (1.0, 2.5))
-    ]
-    sentence = latent_use_sentence(used)
+    """The most registers against none; the base and fewer registers stand aside."""
+
+    def rows(points: list[tuple[float, float, float]]) -> list[Row]:
+        return [
+            {"system": system, "num_registers": count, "mask_ratio": ratio, "cross_entropy": value}
+            for ratio, with_latents, without in points
+            for system, count, value in (
+                ("demasker", 4, with_latents),
+                ("demasker", 1, 9.0),
+                ("demasker", 0, without),
+                ("base", 0, 9.0),
+            )
+        ]
+
+    used = [(0.1, 0.1, 0.11), (0.5, 0.1, 0.2), (1.0, 0.1, 2.5)]
+    sentence = latent_use_sentence(rows(used))
     assert "uses the sketch" in sentence and "0.10 against 0.20 at 0.5, 0.10 against 2.50 at 1." in sentence
     assert "at 0.1" not in sentence
-    assert "too little" in latent_use_sentence(
-        [*used, {"mask_ratio": 0.7, "with_latents": 0.6, "without_latents": 1.1}]
-    )
+    assert "too little" in latent_use_sentence(rows([*used, (0.7, 0.6, 1.1)]))

@@ -1,49 +1,11 @@
 import math
-from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
-from crocodil.evaluation.metrics import frechet_distance, parse_rate, unigram_entropy, unique_rate
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("def f(v0):\n    return v0", 1),
-        ("x = 1", 1),
-        ("'\\d'", 1),  # the parser warns of the escape, and accepts it
-        ("", 0),
-        (" \n ", 0),
-        ("def f(v0:\n    return v0", 0),
-        ("x = \0", 0),
-        ("(" * 10_000 + ")" * 10_000, 0),
-        ("def f():\nreturn 1", 0),
-    ],
-)
-@pytest.mark.filterwarnings("error")
-def test_parse_rate_of_one_text(text: str, share: int) -> None:
-    assert parse_rate([text]) == share
-
-
-def test_rates_are_shares_of_the_texts() -> None:
-    texts = ["x = 1", "x = 1", "x =", "y = 2"]
-    assert parse_rate(texts) == 0.75
-    assert unique_rate(texts) == 0.75
-    assert unique_rate(["a", "a"]) == 0.5
-
-
-def entropy(tokens: list[int]) -> float:
-    return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in Counter(tokens).values())
-
-
-def test_entropy_by_counting() -> None:
-    rows = [[1, 5, 5, 6, 0, 9, 9, 9], [1, 3, 4, 5, 6, 7, 8, 9], [1, 4, 4, 4, 4, 4, 4, 4], [1, 0, 0, 0, 0, 0, 0, 0]]
-    counted = [[5, 5, 6, 0], [3, 4, 5, 6, 7, 8, 9], [4] * 7, [0]]
-    expected = sum(map(entropy, counted)) / 4
-    assert unigram_entropy(torch.tensor(rows), 0) == pytest.approx(expected, rel=1e-12)
-    assert entropy(counted[1]) == pytest.approx(math.log(7))
+from crocodil.evaluation.frechet import FrechetDistance, frechet_distance
+from crocodil.evaluation.judge import Judge
 
 
 def exact(mean: list[float], covariance: list[list[float]], count: int = 40, seed: int = 0) -> Tensor:
@@ -86,3 +48,15 @@ def test_distance_of_gaussians_that_do_not_commute() -> None:
 def test_distance_is_defined_for_fewer_points_than_dimensions() -> None:
     few, more = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).double().split([2, 3])
     assert math.isfinite(frechet_distance(few, more)) and frechet_distance(few, more) > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_sums_over_batches_give_the_distance_of_all(
+    batch_size: int, own_judge: Judge, token_ids: Tensor, texts: list[str]
+) -> None:
+    reference = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)) + 100.0  # far off: no digits are lost
+    metric = FrechetDistance(own_judge, reference)
+    for start in range(0, 9, batch_size):
+        metric.update(texts[start : start + batch_size], token_ids[start : start + batch_size])
+    features = own_judge.read(texts, token_ids).mean_states
+    assert metric.compute()["distance"].item() == pytest.approx(frechet_distance(features, reference), rel=1e-6)

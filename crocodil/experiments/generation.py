@@ -1,0 +1,313 @@
+"""Unconditional generation (the paper's figure 6): quality, diversity and cost of every system, over step budgets."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from crocodil.evaluation.copying import LongestCopiedRun
+from crocodil.evaluation.diversity import DistinctNgrams, DuplicateRate, UnigramEntropy
+from crocodil.evaluation.frechet import FrechetDistance
+from crocodil.evaluation.judge import Judge
+from crocodil.evaluation.mauve import Mauve
+from crocodil.evaluation.perplexity import GenerativePerplexity
+from crocodil.evaluation.python_code import CompileRate, ParseRate, UndefinedNames
+from crocodil.evaluation.verdict import SETTING
+from crocodil.experiments.cells import Ledger, Row, share_of, with_bar
+from crocodil.pipeline import CrocodilPipeline, PipelineResult
+from crocodil.ranks import gather_rows, mean_over_items, rank_and_size
+
+NUM_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class SystemGrid:
+    """A system with all the settings it is to be tried under.
+
+    Attributes:
+        algorithm: "base", "conthendisc", "conwithindisc", or "oracle" (true latents of held-out texts).
+        num_steps: step budgets, in demasker calls.
+        remasking: unmasking rule.
+        temperature: of the drawn tokens.
+        num_registers: how many registers the demasker reads; None for all.
+    """
+
+    algorithm: str
+    num_steps: list[int]
+    remasking: str = "random"
+    temperature: list[float] = field(default_factory=lambda: [1.0])
+    num_registers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("base", "conthendisc", "conwithindisc", "oracle"):
+            raise ValueError(
+                f"algorithm must be base, conthendisc, conwithindisc or oracle, got {self.algorithm!r}; data is always "
+                "measured"
+            )
+
+
+@dataclass(frozen=True)
+class GenerationCell:
+    """One setting of one system and one seed; fields as of `SystemGrid`, 0 steps and no rule for "data"."""
+
+    algorithm: str
+    num_steps: int
+    remasking: str | None
+    temperature: float | None
+    num_registers: int | None
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TimingCell:
+    """The wall-clock of one setting at one batch size."""
+
+    algorithm: str
+    num_steps: int
+    remasking: str
+    temperature: float
+    num_registers: int | None
+    length: int
+    batch_size: int
+
+
+class Generation:
+    """Writes texts with every system and takes their figures.
+
+    "data" is held-out texts against other held-out texts: what no system can beat. "oracle" writes held-out texts again
+    from their true latents: what the demasker could do under a perfect prior. Every process writes its share of the
+    texts of a cell; since text i depends on the seed and i alone, the table does not depend on their number.
+
+    Args:
+        pipeline: with what the systems need.
+        judge: for likelihood and features.
+        held_out: (M, L) int64, texts no network was trained on; the even rows are the reference, the odd ones "data".
+        systems: what to compare.
+        train: (T, L) integers, training texts to look for copies in; None for no such figure.
+        num_samples: texts of each cell; at most half of M.
+        seeds: of the samples.
+        lengths: tokens of a text; None for L. Held-out texts are cut at it.
+        prior_steps: steps of the prior for a first draw.
+        refresh_prior_steps: steps of the prior for the later draws of ConWithinDisc.
+        batch_size: texts written at once; None for all of a process.
+        timed_batches: batch sizes whose wall-clock is measured apart, on the first process.
+        repeats: timings of each, of which the median counts.
+        mauve_seeds: seeds of MAUVE's k-means; none leaves MAUVE out.
+        undefined_names: count undefined names, too; of no use for canonical functions, whose free names are unbound.
+
+    Raises:
+        ValueError: if there are too few held-out texts or a length is out of range.
+    """
+
+    def __init__(
+        self,
+        pipeline: CrocodilPipeline,
+        judge: Judge,
+        held_out: Tensor,
+        systems: Sequence[SystemGrid],
+        train: np.ndarray | None = None,
+        num_samples: int = 1000,
+        seeds: Sequence[int] = (0, 1, 2),
+        lengths: Sequence[int] | None = None,
+        prior_steps: int = 32,
+        refresh_prior_steps: int = 8,
+        batch_size: int | None = None,
+        timed_batches: Sequence[int] = (),
+        repeats: int = 3,
+        mauve_seeds: Sequence[int] = (0, 1, 2, 3, 4),
+        undefined_names: bool = False,
+    ) -> None:
+        if len(held_out) // 2 < num_samples:
+            raise ValueError(
+                f"num_samples must be at most half of the {len(held_out)} held-out texts, got {num_samples}: the other "
+                "half stands for the data"
+            )
+        if num_samples < 2 * rank_and_size()[1]:
+            raise ValueError(f"num_samples must be at least 2 for each process, got {num_samples}")
+        self.pipeline, self.judge, self.train = pipeline, judge, train
+        self.systems, self.seeds, self.num_samples = systems, seeds, num_samples
+        self.lengths = list(lengths or [held_out.shape[1]])
+        if not all(2 <= length <= held_out.shape[1] for length in self.lengths):
+            raise ValueError(f"lengths must be between 2 and the {held_out.shape[1]} of the data, got {self.lengths}")
+        self.prior_steps, self.refresh_prior_steps = prior_steps, refresh_prior_steps
+        self.batch_size = batch_size or len(share_of(num_samples))
+        self.timed_batches, self.repeats = timed_batches, repeats
+        self.mauve_seeds, self.undefined_names = tuple(mauve_seeds), undefined_names
+        self.reference, self.held_out = held_out[::2], held_out[1::2]
+        self._features: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def cells(self) -> list[GenerationCell]:
+        """The grid: data first, then the systems in the order given, for each length and seed."""
+        return [
+            GenerationCell(grid.algorithm, num_steps, grid.remasking, temperature, grid.num_registers, length, seed)
+            if grid
+            else GenerationCell("data", 0, None, None, None, length, seed)
+            for length in self.lengths
+            for seed in self.seeds
+            for grid in (None, *self.systems)
+            for temperature in (grid.temperature if grid else [0.0])
+            for num_steps in (grid.num_steps if grid else [0])
+        ]
+
+    @property
+    def timing_cells(self) -> list[TimingCell]:
+        """What is timed: every setting that writes from noise, at every batch size."""
+        settings = dict.fromkeys(
+            (c.algorithm, c.num_steps, c.remasking, c.temperature, c.num_registers, c.length)
+            for c in self.cells
+            if c.algorithm not in ("data", "oracle")
+        )
+        return [TimingCell(*setting, batch) for batch in self.timed_batches for setting in settings]  # type: ignore[arg-type]
+
+    def rows(self, ledger: Ledger) -> list[Row]:
+        """One row for each cell: its settings, figures, and wall-clock at the timed batch sizes.
+
+        Args:
+            ledger: keeps finished cells.
+        """
+        todo: list[GenerationCell | TimingCell] = [*self.cells, *self.timing_cells]
+        measured: dict[GenerationCell | TimingCell, Row] = {}
+        for cell in with_bar(todo, "generation"):
+            take: Callable[..., Row] = self.measure if isinstance(cell, GenerationCell) else self.time
+            measured[cell] = ledger.row(cell, lambda take=take, cell=cell: take(cell))  # type: ignore[misc]
+        return [measured[cell] | self._timings(cell, measured) for cell in self.cells]
+
+    def _timings(self, cell: GenerationCell, measured: dict[Any, Row]) -> Row:
+        settings = (cell.algorithm, cell.num_steps, cell.remasking, cell.temperature, cell.num_registers, cell.length)
+        found: Row = {}
+        for batch in self.timed_batches:
+            found |= measured.get(TimingCell(*settings, batch), {})  # type: ignore[arg-type]
+        return found
+
+    def measure(self, cell: GenerationCell) -> Row:
+        """Writes the texts of a cell and takes their figures."""
+        result = self.write(cell)
+        metrics = MetricCollection(self._metrics(cell.length), compute_groups=False).to(self.pipeline.device)
+        metrics.update(texts=result.texts, token_ids=result.token_ids)
+        figures = {name: float(value) for name, value in metrics.compute().items()}
+        return {
+            **{key: getattr(cell, key) for key in (*SETTING, "seed")},
+            **self._costs(result, cell),
+            **figures,
+            "examples": result.texts[:NUM_EXAMPLES],
+        }
+
+    def _metrics(self, length: int) -> dict[str, Metric | MetricCollection]:
+        """The figures of a set of texts, by name."""
+        ends = self.pipeline.demasker.stop_token_ids
+        vocabulary = self.pipeline.codec.vocabulary
+        mean_states, last_states = self._reference(length)
+        found: dict[str, Metric | MetricCollection] = {
+            "perplexity": GenerativePerplexity(self.judge),
+            "entropy": UnigramEntropy(ends),
+            "distinct_2": DistinctNgrams(2, ends),
+            "distinct_4": DistinctNgrams(4, ends),
+            "duplicates": DuplicateRate(),
+            "distance": FrechetDistance(self.judge, mean_states),
+            "parse_rate": ParseRate(),
+            "compile_rate": CompileRate(),
+        }
+        if self.mauve_seeds:
+            found["mauve"] = Mauve(self.judge, last_states, self.mauve_seeds)
+        if self.train is not None:
+            found["copying"] = LongestCopiedRun(self.train, vocabulary.bos_token_id, vocabulary.eos_token_id)
+        if self.undefined_names:
+            found["undefined_names"] = UndefinedNames()
+        return found
+
+    def _reference(self, length: int) -> tuple[Tensor, Tensor]:
+        """Features of the reference, of which every process reads its share."""
+        if length not in self._features:
+            rows = self.reference[list(share_of(len(self.reference))), :length]
+            judgement = self.judge.read(self._decode(rows), rows)
+            device = self.pipeline.device
+            self._features[length] = (
+                gather_rows(judgement.mean_states.to(device)),
+                gather_rows(judgement.last_states.to(device)),
+            )
+        return self._features[length]
+
+    def write(self, cell: GenerationCell) -> "PipelineResult | HeldOut":
+        """The texts of a cell that fall to this process."""
+        share = share_of(self.num_samples)
+        if cell.algorithm == "data":
+            rows = self._chosen(cell)[list(share)]
+            return HeldOut(self._decode(rows), rows)
+        settings: dict[str, Any] = {
+            "num_registers": cell.num_registers,
+            "seed": cell.seed,
+            "first_sample": share.start,
+            "batch_size": self.batch_size,
+            "remasking": cell.remasking,
+            "temperature": cell.temperature,
+        }
+        if cell.algorithm == "oracle":
+            return self.pipeline.reconstruct(self._chosen(cell)[list(share)], cell.num_steps, **settings)
+        return self.pipeline(
+            len(share),
+            cell.length,
+            "masked" if cell.algorithm == "base" else cell.algorithm,  # type: ignore[arg-type]
+            cell.num_steps,
+            prior_steps=self.prior_steps,
+            refresh_prior_steps=self.refresh_prior_steps,
+            **settings,
+        )
+
+    def _chosen(self, cell: GenerationCell) -> Tensor:
+        order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(cell.seed))
+        return self.held_out[order[: self.num_samples], : cell.length]
+
+    def _decode(self, token_ids: Tensor) -> list[str]:
+        return [self.pipeline.codec.decode(row) for row in token_ids]
+
+    def _costs(self, result: "PipelineResult | HeldOut", cell: GenerationCell) -> Row:
+        """Calls of each network, equivalents and seconds of a text, as means over the texts of all processes."""
+        if isinstance(result, HeldOut):
+            return dict.fromkeys(("demasker_calls", "prior_calls", "encoder_calls", "nfe", "seconds_per_sample"), 0.0)
+        calls = {
+            f"{network}_calls": sum(count for name, count in result.cost.calls.items() if name.startswith(network))
+            for network in ("demasker", "prior", "encoder")
+        }
+        costs = {
+            **calls,
+            "nfe": result.cost.nfe,
+            "seconds_per_sample": result.cost.seconds / len(result.texts),
+            "tokens_per_call": result.cost.tokens_per_call,
+        }
+        return mean_over_items(costs, len(result.texts), self.pipeline.device)
+
+    def time(self, cell: TimingCell) -> Row:
+        """Median seconds a text at a batch size, after one run to warm up; on the first process alone."""
+        if rank_and_size()[0] > 0:
+            return {}
+        seconds = [self._run(cell).cost.seconds / cell.batch_size for _ in range(1 + self.repeats)]
+        return {f"seconds_batch_{cell.batch_size}": median(seconds[1:])}
+
+    def _run(self, cell: TimingCell) -> PipelineResult:
+        return self.pipeline(
+            cell.batch_size,
+            cell.length,
+            "masked" if cell.algorithm == "base" else cell.algorithm,  # type: ignore[arg-type]
+            cell.num_steps,
+            num_registers=cell.num_registers,
+            prior_steps=self.prior_steps,
+            refresh_prior_steps=self.refresh_prior_steps,
+            batch_size=cell.batch_size,
+            remasking=cell.remasking,
+            temperature=cell.temperature,
+        )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts nobody wrote, so that they cost nothing."""
+
+    texts: list[str]
+    token_ids: Tensor

@@ -1,0 +1,53 @@
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from crocodil.diffusion.noise import RowNoise
+from crocodil.evaluation.masked_prediction import STREAM_MASK, MaskedPrediction
+from crocodil.models import Demasker, RegisterEncoder
+
+
+def test_cross_entropy_and_top1_by_hand(
+    make_demasker: Callable[..., Demasker], make_encoder: Callable[..., RegisterEncoder]
+) -> None:
+    """Token by token from the logits."""
+    demasker, encoder = make_demasker(), make_encoder()
+    token_ids = torch.randint(1, 11, (6, 20), generator=torch.Generator().manual_seed(0))
+    noise = RowNoise(torch.arange(6))
+    uniform = noise.uniform(STREAM_MASK, 2, 20)
+    found = {}
+    for latents in (encoder(token_ids).detach(), None):
+        metric = MaskedPrediction((0.3, 1.0))
+        metric.update(demasker, token_ids, latents, noise)
+        figures = metric.compute()
+        for k, ratio in enumerate(metric.ratios):
+            masked = [(i, j) for i in range(6) for j in range(20) if uniform[i, j] < ratio]
+            noisy_ids = token_ids.clone()
+            for i, j in masked:
+                noisy_ids[i, j] = demasker.mask_token_id
+            log_probs = demasker(noisy_ids, latents).log_softmax(-1)
+            nats = torch.tensor([-log_probs[i, j, token_ids[i, j]].item() for i, j in masked])
+            hits = [int(log_probs[i, j].argmax() == token_ids[i, j]) for i, j in masked]
+            assert figures["cross_entropy"][k].item() == pytest.approx(nats.mean().item(), rel=1e-5)
+            assert figures["top1"][k].item() == pytest.approx(sum(hits) / len(hits))
+            error = nats.std(unbiased=False).item() / math.sqrt(len(masked))
+            assert figures["standard_error"][k].item() == pytest.approx(error, rel=1e-4)
+            assert figures["num_tokens"][k] == len(masked)
+        found[latents is None] = figures["cross_entropy"][0]
+    assert abs(found[False] - found[True]) > 1e-3
+
+
+def test_batches_do_not_matter_and_the_masks_are_the_same_for_all(make_demasker: Callable[..., Demasker]) -> None:
+    demasker = make_demasker()
+    token_ids = torch.randint(0, 11, (6, 9), generator=torch.Generator().manual_seed(0))
+    whole, parts, other = MaskedPrediction(), MaskedPrediction(), MaskedPrediction()
+    whole.update(demasker, token_ids, None, RowNoise(torch.arange(6)))
+    for places in torch.arange(6).split(4):
+        parts.update(demasker, token_ids[places], None, RowNoise(places))
+    other.update(make_demasker(seed=3), token_ids, None, RowNoise(torch.arange(6)))
+    for name, values in whole.compute().items():
+        torch.testing.assert_close(parts.compute()[name], values)
+    assert torch.equal(other.compute()["num_tokens"], whole.compute()["num_tokens"])
+    assert (whole.compute()["num_tokens"].diff() > 0).all()  # more are masked at a larger ratio
