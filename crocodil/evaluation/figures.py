@@ -245,7 +245,7 @@ def conditioning_panel(rows: list[Row], y: str) -> Markup:
             color, style, label = PALETTE["base"][0], "s--", "base model"
         elif count:
             color, label = PALETTE["conthendisc"][0], f"{count} register{'s' if count > 1 else ''}"
-            style = "^" + ("-", "--", "-.", ":")[counts.index(count) % 4]
+            style = "^vD<>p"[counts.index(count) % 6] + ("-", "--", "-.", ":")[counts.index(count) % 4]
         values = [_missing_as_nan(point.get(y)) for point in points]
         axes.plot([point["mask_ratio"] for point in points], values, style, color=color, label=label, markersize=5)
     axes.set_ylim(bottom=0, top=1 if y == "top1" else None)

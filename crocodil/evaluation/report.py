@@ -254,7 +254,7 @@ def write_report(output_dir: str | Path, content: Report) -> Path:
         example=page.reconstruction_cards(content.example),
         num_steps=content.example.get("num_steps"),
         settings=page.plain_settings(content.settings),
-        machine={"seeds": page.plain(content.seeds)}
+        machine=({"seeds": page.plain(content.seeds)} if content.seeds else {})
         | {key: page.plain(value) for key, value in content.machine.items()},
     )
     path = Path(output_dir) / "report.html"
