@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from crocodil.evaluation.copying import LongestCopiedRun
+from crocodil.evaluation.copying import LongestCopiedRun, SuffixArray
 from crocodil.evaluation.diversity import DistinctNgrams, DuplicateRate, UnigramEntropy
 from crocodil.evaluation.frechet import FrechetDistance
 from crocodil.evaluation.judge import Judge
@@ -130,7 +131,7 @@ class Generation:
             )
         if num_samples < 2 * rank_and_size()[1]:
             raise ValueError(f"num_samples must be at least 2 for each process, got {num_samples}")
-        self.pipeline, self.judge, self.train = pipeline, judge, train
+        self.pipeline, self.judge, self._train = pipeline, judge, train
         self.systems, self.seeds, self.num_samples = systems, seeds, num_samples
         self.lengths = list(lengths or [held_out.shape[1]])
         if not all(2 <= length <= held_out.shape[1] for length in self.lengths):
@@ -221,6 +222,13 @@ class Generation:
         if self.undefined_names:
             found["undefined_names"] = UndefinedNames()
         return found
+
+    @cached_property
+    def train(self) -> SuffixArray | None:
+        """The training texts, in an order to look up runs in."""
+        vocabulary = self.pipeline.codec.vocabulary
+        boundaries = (vocabulary.bos_token_id, vocabulary.eos_token_id)
+        return None if self._train is None else SuffixArray(self._train, boundaries)
 
     def _reference(self, length: int) -> tuple[Tensor, Tensor]:
         """Features of the reference, of which every process reads its share."""

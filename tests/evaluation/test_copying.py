@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from crocodil.evaluation import copying
-from crocodil.evaluation.copying import LongestCopiedRun, longest_runs
+from crocodil.evaluation.copying import LongestCopiedRun, SuffixArray
 
 BOS, EOS = 1, 0
 
@@ -15,23 +14,27 @@ def by_hand(text: list[int], corpus: list[list[int]]) -> int:
     return max(map(len, runs & inside), default=0)
 
 
-@pytest.mark.parametrize("chunk", [1, 64, 1 << 22])
-@pytest.mark.parametrize("width", [6, 13])
-def test_runs_by_trying_all(chunk: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [1, 2, 6, 13, 16, 17])
+def test_runs_by_trying_all(width: int) -> None:
     """Few token types, so that long runs are copies by chance; rows of other lengths than the texts."""
-    monkeypatch.setattr(copying, "CHUNK", chunk)
     generator = np.random.default_rng(width)
     corpus = generator.integers(0, 5, (30, width))
     corpus[:, 0] = BOS
     texts = [generator.integers(2, 5, n) for n in (1, 2, 5, 8, 8, 12, 0)]
-    found = longest_runs(texts, corpus, (BOS, EOS))
+    found = SuffixArray(corpus, (BOS, EOS)).longest_runs(texts)
     assert found.tolist() == [by_hand(text.tolist(), corpus.tolist()) for text in texts]
-    assert len(set(found.tolist())) > 2
+    assert len(set(found.tolist())) > 2 or width < 6
+
+
+def test_no_texts_have_no_runs() -> None:
+    corpus = SuffixArray(np.array([[1, 5, 0]]), (BOS, EOS))
+    assert corpus.longest_runs([]).tolist() == []
+    assert corpus.longest_runs([np.zeros(0, np.int64)]).tolist() == [0]
 
 
 def test_a_copied_text_is_copied_whole_and_a_run_does_not_cross_rows() -> None:
     corpus = np.array([[1, 5, 6, 7, 8, 0], [1, 9, 5, 6, 0, 0]], dtype=np.int32)
-    metric = LongestCopiedRun(corpus, BOS, EOS)
+    metric = LongestCopiedRun(SuffixArray(corpus, (BOS, EOS)), BOS, EOS)
     metric.update(torch.tensor([[1, 5, 6, 7, 8, 0, 0], [1, 7, 8, 9, 5, 6, 0]]))
     metric.update(torch.tensor([[1, 3, 3, 3, 3, 3, 3]]))
     found = {name: value.item() for name, value in metric.compute().items()}

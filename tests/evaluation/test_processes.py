@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from crocodil.data.codec import TextCodec
-from crocodil.evaluation.copying import LongestCopiedRun
+from crocodil.evaluation.copying import LongestCopiedRun, SuffixArray
 from crocodil.evaluation.diversity import DistinctNgrams, DuplicateRate, UnigramEntropy
 from crocodil.evaluation.frechet import FrechetDistance
 from crocodil.evaluation.judge import Judge
@@ -37,7 +37,7 @@ def figures(folder: Path, rows: slice, batch_size: int) -> dict[str, Any]:
         "entropy": UnigramEntropy(0),
         "distinct": DistinctNgrams(2, 0),
         "duplicates": DuplicateRate(),
-        "copies": LongestCopiedRun(token_ids[::3].numpy(), 1, 0),
+        "copies": LongestCopiedRun(SuffixArray(token_ids[::3].numpy(), (1, 0)), 1, 0),
         "parse": ParseRate(),
         "compile": CompileRate(),
         "undefined": UndefinedNames(),
