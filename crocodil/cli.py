@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(
         commands.add_parser("plan", help="memory and FLOPs of a training run, without its GPU", allow_abbrev=False)
     )
+    _add_interpolate(commands.add_parser("interpolate", help="texts between two texts, by their registers"))
+    _add_registers(commands.add_parser("registers", help="what each register of a text holds"))
+    _add_neighbours(commands.add_parser("neighbours", help="texts of a corpus with the most similar registers"))
     _add_quickstart(commands.add_parser("quickstart", help="train a small system on this machine and compare"))
     return parser
 
@@ -101,6 +104,66 @@ def _add_quickstart(parser: argparse.ArgumentParser) -> None:
     )
 
 
+TEXT = "TEXT|@FILE"
+
+
+def _add_interpolate(parser: argparse.ArgumentParser) -> None:
+    """The options of `crocodil interpolate`."""
+    parser.description = (
+        "Goes from the registers of one text to those of another and writes what is on the way, one JSON object a line."
+    )
+    _add_common(parser)
+    parser.add_argument("--first", required=True, metavar=TEXT, help="where the way begins")
+    parser.add_argument("--second", required=True, metavar=TEXT, help="where it ends")
+    parser.add_argument("--num_points", type=int, default=8, help="texts on the way, both ends among them")
+    parser.add_argument("--kind", default="slerp", help="slerp keeps the scale of the registers, linear does not")
+    _add_decoding(parser)
+
+
+def _add_registers(parser: argparse.ArgumentParser) -> None:
+    """The options of `crocodil registers`."""
+    parser.description = (
+        "Tells what each register of a text holds, one JSON object a register: the text written from the registers up "
+        "to this one, the places where it became right, and how much the cross-entropy of each token rises, in nats, "
+        "where this register alone is missing."
+    )
+    _add_common(parser)
+    parser.add_argument("--text", required=True, metavar=TEXT, help="the text whose registers are tried")
+    parser.add_argument("--other", metavar=TEXT, help="put the registers of this text in place; default: hide them")
+    _add_decoding(parser)
+
+
+def _add_neighbours(parser: argparse.ArgumentParser) -> None:
+    """The options of `crocodil neighbours`."""
+    parser.description = (
+        "Finds the texts of a corpus whose registers have the largest cosine with those of a text, one JSON object a "
+        "line. Of Python files, a pipeline of canonical functions reads each function that has a canonical form."
+    )
+    _add_common(parser)
+    parser.add_argument("--text", required=True, metavar=TEXT, help="the text whose neighbours are wanted")
+    parser.add_argument("--corpus", required=True, metavar="FILE.jsonl|DIR", help='lines {"text": ...}, or a folder')
+    parser.add_argument("--pattern", default="**/*.py", help="which files of the folder; default: **/*.py")
+    parser.add_argument("--num_neighbours", type=int, default=5)
+    parser.add_argument("--num_registers", type=int, help="compare the first k registers only")
+    parser.add_argument("--batch_size", type=int, default=64)
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_steps", type=int, default=8, help="demasker calls a text")
+    parser.add_argument("--remasking", default="low_confidence", metavar="RULE", help="as for sample")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: 0, the most probable tokens")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pipeline", required=True, metavar="DIR", help="folder written by `crocodil export`")
+    parser.add_argument("--length", type=int, help="tokens of a text, as trained; default: all that the model reads")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
+    parser.add_argument(
+        "--output", metavar="FILE", help="a page if it ends in .html, else JSON lines; default: standard output"
+    )
+
+
 def run(arguments: Sequence[str]) -> None:
     """Runs one command; errors a user can mend are ValueErrors of one sentence."""
     if arguments and arguments[0] in TRAINER_COMMANDS:
@@ -126,6 +189,10 @@ def run(arguments: Sequence[str]) -> None:
         from crocodil.planner.command import plan
 
         plan(overrides=others, **options)
+    elif command in ("interpolate", "registers", "neighbours"):
+        from crocodil.latents import commands
+
+        getattr(commands, command)(**options)
     else:
         from crocodil.quickstart import quickstart
 

@@ -47,16 +47,7 @@ def sample(
         film: page to write, see `Film`.
         settings: further arguments of `CrocodilPipeline.__call__`.
     """
-    for option, path in (("output", output), ("film", film)):
-        if path is not None:
-            check_writable(Path(path).parent)
-            if Path(path).is_dir():
-                raise ValueError(f"--{option} must be a file, got the folder {path}")
-    pipe = CrocodilPipeline.from_pretrained(pipeline)
-    try:
-        pipe.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    pipe = open_pipeline(pipeline, device, output=output, film=film)
     if compile:
         pipe.compile()
     recorder = Film(pipe.codec, pipe.demasker.mask_token_id)
@@ -90,6 +81,29 @@ def sample(
         f"{len(lines)} texts written to {output}: {cost['nfe']:.2f} demasker-call equivalents a text, "
         f"{cost['tokens_per_second']:.0f} tokens per second"
     )
+
+
+def open_pipeline(folder: str, device: str, **outputs: str | None) -> CrocodilPipeline:
+    """A pipeline on its device, after a look at where the outputs go.
+
+    Args:
+        folder: of the pipeline.
+        device: "auto" takes a GPU if there is one.
+        outputs: the file of each option; None for none.
+
+    Raises:
+        ValueError: if there is no pipeline, an output cannot be written, or the device cannot be used.
+    """
+    for option, path in outputs.items():
+        if path is not None:
+            check_writable(Path(path).parent)
+            if Path(path).is_dir():
+                raise ValueError(f"--{option} must be a file, got the folder {path}")
+    pipeline = CrocodilPipeline.from_pretrained(folder)
+    try:
+        return pipeline.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def export(autoencoder: str | None, prior: str | None, base: str | None, output: str, judge: str | None = None) -> None:

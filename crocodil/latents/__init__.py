@@ -1,0 +1,1 @@
+"""What the registers of a text hold: ways between texts, neighbours, and each register's part."""
