@@ -64,10 +64,12 @@ class Speedup:
 
     @property
     def claimed(self) -> bool:
-        """Whether there is a speed-up to claim: reached in every seed, entropy kept, interval of the calls above 1."""
-        factor = self.factors.get("demasker_calls")
-        reached = self.num_reached == self.num_seeds and factor is not None
-        return reached and self.entropy_kept and (factor.low if factor else 0.0) > 1.0
+        """Whether there is a speed-up to claim: reached in every seed, entropy kept, fewer calls and less cost in all.
+
+        The intervals of both must lie above 1; the cost in all (`nfe`) counts prior and encoder, too.
+        """
+        saves = [self.factors[cost].low > 1.0 for cost in ("demasker_calls", "nfe") if cost in self.factors]
+        return self.num_reached == self.num_seeds and self.entropy_kept and bool(saves) and all(saves)
 
     def to_row(self) -> Row:
         """As a flat row for tables."""
@@ -247,20 +249,31 @@ def sentence(item: Speedup) -> str:
     """A speed-up in plain words, claimed or not, with its reason."""
     name, measure = NAMES[item.system["algorithm"]], QUALITY_NAMES.get(item.quality, item.quality.replace("_", " "))
     calls = f"{item.base_calls:g} call{'s' if item.base_calls != 1 else ''}"
-    what = f"the base's {measure} at {calls} ({setting_words(item.base)})"
+    what = f"the base's {measure} at {calls}"
     if item.calls is None:
-        return f"{name} does not reach {what} with any number of calls that was measured."
-    at_most = "at most " if item.at_most else ""
-    text = f"{name} ({setting_words(item.system)}) reaches {what} with {at_most}{item.calls} calls: "
-    text += f"{item.factors['demasker_calls']} times fewer"
+        return f"{name} does not reach {what} with any number of calls that was measured. {_both(item)}"
+    at_most, at_least = ("at most ", "at least ") if item.at_most else ("", "")
+    text = f"{name} reaches {what} with {at_most}{number(item.calls.mean, 1)} calls. "
+    text += f"That is {at_least}{item.factors['demasker_calls']} times fewer"
     if "nfe" in item.factors:
-        text += f", {item.factors['nfe']} times less network cost in all"
+        text += f", and {item.factors['nfe']} times less network cost in all"
     batches = [key for key in item.factors if key.startswith("seconds_batch_")]
-    if batches:
-        times = ", ".join(f"{item.factors[key]} at batch {key.removeprefix('seconds_batch_')}" for key in batches)
-        text += f", {times} times less wall-clock"
-    elif "seconds_per_sample" in item.factors:
-        text += f", {item.factors['seconds_per_sample']} times less wall-clock"
+    times = [f"{item.factors[key]} at batch {key.removeprefix('seconds_batch_')}" for key in batches]
+    if not times and "seconds_per_sample" in item.factors:
+        times = [str(item.factors["seconds_per_sample"])]
+    text += f"; wall-clock: {', '.join(times)} times less. " if times else ". "
+    faults = _faults(item)
+    return text + (f"No speed-up is claimed: {', and '.join(faults)}. " if faults else "") + _both(item)
+
+
+def _both(item: Speedup) -> str:
+    base_entropy = f"entropy {number(item.base_entropy[0])}"
+    own = f"; {NAMES[item.system['algorithm']]}: {setting_words(item.system)}, entropy {number(item.entropy)}"
+    return f"(Base: {setting_words(item.base)}, {base_entropy}{own if item.calls else ''}.)"
+
+
+def _faults(item: Speedup) -> list[str]:
+    """Why no speed-up is claimed."""
     faults = []
     if item.num_reached < item.num_seeds:
         faults.append(f"only {item.num_reached} of {item.num_seeds} seeds reach it")
@@ -269,6 +282,9 @@ def sentence(item: Speedup) -> str:
             f"its entropy is {number(item.entropy)} against {number(item.base_entropy[0])} nats, lower by more than "
             f"the base's own spread of {number(item.base_entropy[1])}"
         )
-    if not faults and not item.claimed:
-        faults.append("the interval over seeds does not exclude 1")
-    return text + (f". No speed-up is claimed: {', and '.join(faults)}." if faults else ".")
+    calls, cost = (item.factors.get(name) for name in ("demasker_calls", "nfe"))
+    if calls is not None and not calls.low > 1:
+        faults.append("the interval of its calls does not exclude 1")
+    elif cost is not None and not cost.low > 1:
+        faults.append("prior and encoder cost as much as the calls they save, or more")
+    return faults
