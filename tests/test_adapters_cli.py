@@ -173,7 +173,7 @@ def pipe_mask(pipe: Any) -> int:
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        ("llada8b_fsdp_demasker", {}),
+        pytest.param("llada8b_fsdp_demasker", {}, marks=pytest.mark.slow),
         pytest.param("llada8b_lora_autoencoder", {"num_registers": 4, "latent_dim": 8}, marks=pytest.mark.slow),
     ],
 )

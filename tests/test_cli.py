@@ -250,6 +250,7 @@ def test_a_process_prints_json_lines_alone(pipeline: Path) -> None:
     assert [set(json.loads(line)) for line in done.stdout.splitlines()] == [{"text", "token_ids", "cost"}] * 2
 
 
+@pytest.mark.slow
 def test_a_refusal_of_sample_is_one_line_and_a_status(tmp_path: Path) -> None:
     done = crocodil("sample", f"--pipeline={tmp_path}")
     assert (done.returncode, done.stdout) == (1, "")

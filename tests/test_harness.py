@@ -366,9 +366,10 @@ def test_chat_templates_give_special_tokens(tiny_llada: Path, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def adapted(tiny_llada: Path) -> Demasker:
-    demasker = Demasker.from_pretrained(tiny_llada).with_lora({"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    settings = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]}
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
+        demasker = Demasker.from_pretrained(tiny_llada).with_lora(settings)
         for name, weight in demasker.named_parameters():
             if ".lora_B" in name:
                 weight.normal_()
@@ -500,6 +501,7 @@ def evaluated(folder: str, tiny_llada: Path, tasks: Path, tmp_path_factory: pyte
     return {kind: (given, root / kind, done[kind][0]) for kind, given in settings.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PRETRAINED)
 def test_the_command_line_evaluates(kind: str, evaluated: Evaluated, tasks: Path) -> None:
     given, root, output = evaluated[kind]
@@ -525,6 +527,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(monkeypatch: pytest.Monke
         main()
 
 
+@pytest.mark.slow
 def test_without_lm_eval_the_extra_is_named() -> None:
     code = "import sys; sys.modules['lm_eval'] = None; sys.modules['lm_eval.api'] = None\nimport crocodil.harness"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -70,15 +70,20 @@ def planned(arguments: list[str], capsys: pytest.CaptureFixture[str], *options: 
     return json.loads(capsys.readouterr().out)
 
 
+def slow(*values: Any) -> Any:
+    """Parameters of the slow run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("stage", "options", "largest_part"),
     [
         ("demasker", [*WIDE, MANY], "activations"),
-        ("demasker", [*WIDE, MANY, ADAMW, CHECKPOINTING, "--trainer.precision=bf16-mixed"], "activations"),
-        ("demasker", [*WIDE, *WIDER, ADAMW, "--trainer.accumulate_grad_batches=2"], "optimizer_state"),
-        ("demasker", [*WIDE, *WIDER, "--trainer.precision=bf16-true"], "optimizer_state"),
+        slow("demasker", [*WIDE, MANY, ADAMW, CHECKPOINTING, "--trainer.precision=bf16-mixed"], "activations"),
+        slow("demasker", [*WIDE, *WIDER, ADAMW, "--trainer.accumulate_grad_batches=2"], "optimizer_state"),
+        slow("demasker", [*WIDE, *WIDER, "--trainer.precision=bf16-true"], "optimizer_state"),
         ("autoencoder", [MANY, f"--model.init_args.encoder={json.dumps(ENCODER)}"], "activations"),
-        ("prior", [MANY, f"{NETWORK}.hidden_size=96"], "activations"),
+        slow("prior", [MANY, f"{NETWORK}.hidden_size=96"], "activations"),
     ],
 )
 def test_the_planned_memory_is_that_of_the_run(
@@ -241,6 +246,7 @@ def test_the_table_says_whether_it_fits(tiny_system: Any, capsys: pytest.Capture
     assert "Does not fit on 1.4 GiB" in too_small and "No batch fits" in too_small and "each of 2 GPUs" in too_small
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_plan(tiny_system: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = tiny_system.arguments("fit", "demasker")
     base = planned(arguments, capsys)

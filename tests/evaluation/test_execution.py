@@ -192,6 +192,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @needs_walls
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     command = [sys.executable, "-c", TWO, str(tmp_path / "store")]

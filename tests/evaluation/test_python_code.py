@@ -1,6 +1,4 @@
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -116,27 +114,3 @@ def test_without_pyflakes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "pyflakes", None)
     with pytest.raises(ValueError, match=r"needs pyflakes; install it with pip install 'crocodil\[eval\]'"):
         UndefinedNames()
-
-
-TWO = """
-import sys
-import torch.distributed as dist
-from crocodil.evaluation.python_code import CompileRate, ParseRate, UndefinedNames
-rank = int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-texts = [["x = 1", "x ="], ["return", "y = x + z", ""]][rank]
-for metric in (ParseRate(), CompileRate(), UndefinedNames()):
-    metric.update(texts)
-    print(*(value.item() for value in metric.compute().values()))
-dist.destroy_process_group()
-"""
-
-
-def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TWO, str(tmp_path / "store")]
-    options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    two = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]  # type: ignore[call-overload]
-    expected = [3 / 5, 2 / 5, 2 / 3]
-    for process in two:
-        said, _ = process.communicate(timeout=60)
-        assert [float(line) for line in said.split()] == expected

@@ -145,6 +145,7 @@ def test_two_processes_train_as_one(killed: Path, truth: Path) -> None:
     assert [found[step] for step in range(9)] == pytest.approx([expected[step] for step in range(9)], rel=0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(resumed: Path, truth: Path) -> None:
     """Weights, optimizer state, averages and statistics all come back: the losses and the last weights tell."""
     assert_same_run(resumed, truth, first=10)
