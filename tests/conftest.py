@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
 
+torch.set_num_threads(1)  # threads that wait for each other cost more than networks as small as these
+
 TINY = {
     "model_type": "llama",
     "hidden_size": 16,

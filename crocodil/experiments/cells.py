@@ -87,8 +87,14 @@ def _from_first(value: Any) -> Any:
 
 
 def share_of(num_items: int) -> range:
-    """Which of some items this process works on: a run of them, as even as can be, none twice and none left out."""
+    """Which of some items this process works on: a run of them, as even as can be, none twice and none left out.
+
+    Raises:
+        ValueError: if there are fewer items than processes.
+    """
     rank, size = rank_and_size()
+    if num_items < size:
+        raise ValueError(f"expected at least one text for each of the {size} processes, got {num_items}")
     return range(rank * num_items // size, (rank + 1) * num_items // size)
 
 

@@ -221,7 +221,7 @@ def test_speedups_are_told_with_their_intervals(make_row: Callable[..., Row], tm
     words = Page(report(tmp_path, Report({}, {}, 64, rows=rows))).words
     assert re.search(r"1 of 1 comparisons show a speed-up", words)
     assert re.search(
-        r"reaches the base's judge nats per token at 32 calls with \d\.\d calls\. That is .* times fewer", words
+        r"reaches the base's judge nats per token at 32 calls with \d\.\d calls\.\s+That is .* times fewer", words
     )
 
 

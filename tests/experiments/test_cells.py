@@ -54,6 +54,12 @@ def test_shares_cover_all_items_once(num_items: int, size: int, monkeypatch: pyt
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_a_process_without_a_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crocodil.experiments.cells.rank_and_size", lambda: (0, 3))
+    with pytest.raises(ValueError, match="at least one text for each of the 3 processes, got 2"):
+        share_of(2)
+
+
 def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "w.bin").write_bytes(b"123")
