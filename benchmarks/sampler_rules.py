@@ -11,10 +11,8 @@ to standard error; the last line printed is one JSON object with the rows.
 import argparse
 import json
 import platform
-import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch
 
 from crocodil.commands import build_judge
 from crocodil.data import CanonicalFunctions
+from crocodil.evaluation.tables import summary
 from crocodil.experiments import Generation, SystemGrid
 from crocodil.experiments.cells import Ledger
 from crocodil.pipeline import CrocodilPipeline
@@ -36,6 +35,7 @@ ADAPTIVE = (
     *("entropy_bound:0.1", "entropy_bound:0.5", "entropy_bound:2"),
 )
 TEMPERATURES = {"base": 1.0, "conthendisc": 0.2}
+KEYS = ("algorithm", "num_steps", "remasking")
 COLUMNS = ("demasker_calls", "nfe", "parse_rate", "judge_nll", "entropy", "duplicate_rate")
 
 
@@ -47,21 +47,6 @@ def systems(length: int) -> list[SystemGrid]:
         for rules, steps in ((PLANNED, list(BUDGETS)), (ADAPTIVE, [length]))
         for rule in rules
     ]
-
-
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds of each rule and budget, the best judged first within a budget."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["algorithm"], row["num_steps"], row["remasking"]].append(row)
-    found = []
-    for (algorithm, num_steps, rule), members in groups.items():
-        entry: dict[str, Any] = {"algorithm": algorithm, "num_steps": num_steps, "remasking": rule}
-        for column in COLUMNS:
-            values = [member[column] for member in members]
-            entry[column], entry[f"{column}_std"] = statistics.mean(values), statistics.stdev(values)
-        found.append(entry)
-    return found
 
 
 def as_markdown(entries: list[dict[str, Any]], algorithm: str) -> str:
@@ -101,7 +86,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         rows = table.rows(Ledger(scratch, "rules", {}))
-    entries = summary(rows)
+    entries = summary([{key: row[key] for key in (*KEYS, "seed", *COLUMNS)} for row in rows], KEYS)
     for algorithm in ("data", *TEMPERATURES):
         print(f"\n{algorithm}\n{as_markdown(entries, algorithm)}", file=sys.stderr)
     figures = {

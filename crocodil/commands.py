@@ -17,7 +17,8 @@ from crocodil.evaluation.film import Film
 from crocodil.evaluation.judge import Judge
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
-from crocodil.pipeline import Algorithm, CrocodilPipeline, LatentProcess
+from crocodil.pipeline import Algorithm, CrocodilPipeline
+from crocodil.samplers.latent import LatentProcess
 from crocodil.samplers.protocols import ProgressCallback, StepCallback, StepEvent
 
 

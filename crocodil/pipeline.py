@@ -1,57 +1,29 @@
 """A trained system as one folder, and text out of it."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
-from crocodil.data.retokenizer import Retokenizer
-from crocodil.diffusion.gaussian import PredictionType, TangentSchedule
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation.cost import Cost, bill, network_flops
 from crocodil.evaluation.stopwatch import Stopwatch
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.pipeline_folder import Network, read_folder, write_folder
 from crocodil.samplers import ConThenDisc, ConWithinDisc, LatentSampler, MaskedSampler, SampleOutput
 from crocodil.samplers.conthendisc import first_registers
-from crocodil.samplers.latent import Solver
+from crocodil.samplers.latent import LatentProcess, Solver
 from crocodil.samplers.protocols import ProgressCallback, StepCallback
 
 Algorithm = Literal["masked", "conthendisc", "conwithindisc"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
-PIPELINE_FILE = "crocodil.json"
-ENCODER_TOKENIZER = "encoder_tokenizer"
-FORMAT = 1
-Network = Demasker | RegisterEncoder | LatentPrior
-NETWORKS: dict[str, type[Network]] = {
-    "demasker": Demasker,
-    "encoder": RegisterEncoder,
-    "prior": LatentPrior,
-    "base": Demasker,
-}
-
-
-@dataclass(frozen=True)
-class LatentProcess:
-    """How the prior was trained, which is how it must be sampled."""
-
-    noise_schedule: TangentSchedule = field(default_factory=TangentSchedule)
-    prediction_type: PredictionType = "x0"
-    self_conditioning: bool = True
-    conditional: bool = True
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> "LatentProcess":
-        """Rebuilds what `dataclasses.asdict` made."""
-        return cls(**{**settings, "noise_schedule": TangentSchedule(**settings["noise_schedule"])})
 
 
 @dataclass(frozen=True)
@@ -97,6 +69,7 @@ class CrocodilPipeline:
         self.latent_process = latent_process or LatentProcess()
         self.base = base
         self.is_compiled = False
+        self._flops: dict[tuple[Any, ...], dict[str, int]] = {}
         for network in self.networks().values():
             network.eval()
 
@@ -178,16 +151,16 @@ class CrocodilPipeline:
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        _check_batch_and_seed(batch_size, seed)
+        check_batch_and_seed(batch_size, seed)
         prompt_ids = self._prompt_ids(prompts, num_samples)
         length = self._checked_length(length, max(map(len, prompt_ids)))
-        self._check_networks(algorithm, num_registers)
+        self.check_networks(algorithm, num_registers)
         stopwatch = Stopwatch(self.device)
-        draw = self._sampler(
+        draw = self.bound_sampler(
             algorithm,
             masked_sampler(num_steps, static_shapes=self.is_compiled, **sampler),
-            self._latent_sampler(prior_steps, solver, prior_guidance_scale),
-            self._latent_sampler(refresh_prior_steps, solver, prior_guidance_scale),
+            self.latent_process.sampler(prior_steps, solver, prior_guidance_scale),
+            self.latent_process.sampler(refresh_prior_steps, solver, prior_guidance_scale),
             refresh_steps,
             num_registers,
             stopwatch,
@@ -239,7 +212,7 @@ class CrocodilPipeline:
             raise ValueError(
                 "to reconstruct, a pipeline needs an encoder, but this one has none: export an autoencoder"
             )
-        _check_batch_and_seed(batch_size, seed)
+        check_batch_and_seed(batch_size, seed)
         masked = masked_sampler(num_steps, **{"temperature": 0.0, "static_shapes": self.is_compiled, **sampler})
         stopwatch = Stopwatch(self.device)
         encoder, demasker = stopwatch.timed("encoder", self.encoder), stopwatch.timed("demasker", self.demasker)
@@ -318,7 +291,12 @@ class CrocodilPipeline:
             )
         return length
 
-    def _check_networks(self, algorithm: str, num_registers: int | None) -> None:
+    def check_networks(self, algorithm: str, num_registers: int | None) -> None:
+        """Refuses an algorithm that is unknown or lacks a network, and a number of registers that was not trained.
+
+        Raises:
+            ValueError: in these cases.
+        """
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
         if algorithm == "masked":
@@ -332,18 +310,7 @@ class CrocodilPipeline:
                 f"num_registers must be between 1 and the trained {self.prior.num_registers}, got {num_registers}"
             )
 
-    def _latent_sampler(self, num_steps: int, solver: Solver, guidance_scale: float) -> LatentSampler:
-        process = self.latent_process
-        return LatentSampler(
-            num_steps,
-            solver,
-            process.noise_schedule,
-            process.prediction_type,
-            process.self_conditioning,
-            guidance_scale,
-        )
-
-    def _sampler(
+    def bound_sampler(
         self,
         algorithm: Algorithm,
         sampler: MaskedSampler,
@@ -353,7 +320,17 @@ class CrocodilPipeline:
         num_registers: int | None,
         stopwatch: Stopwatch,
     ) -> Callable[..., SampleOutput]:
-        """The chosen algorithm with its networks, to be called with what changes from batch to batch."""
+        """An algorithm with its networks, to be called with what changes from batch to batch.
+
+        Args:
+            algorithm: see `__call__`.
+            sampler: fills the tokens in.
+            first: draws the registers.
+            later: draws those of ConWithinDisc's refreshes.
+            refresh_steps: see `ConWithinDisc`.
+            num_registers: see `__call__`.
+            stopwatch: times the networks.
+        """
         timed = {name: stopwatch.timed(name, network) for name, network in self.networks().items()}
         if algorithm == "masked":
             plain = stopwatch.timed("demasker", self.base or self.demasker)
@@ -371,16 +348,23 @@ class CrocodilPipeline:
         length: int,
         algorithm: Algorithm | Literal["reconstruct"],
         num_registers: int | None = None,
-        windows: Iterable[int] = (),
+        windows: Sequence[int] = (),
     ) -> dict[str, int]:
-        """FLOPs of one call of each network the algorithm uses; `length` counts the prompt. See `network_flops`."""
-        unit = self.base or self.demasker
-        if algorithm == "masked":
-            return network_flops(length, unit, windows=windows)
-        assert self.encoder is not None
-        registers = num_registers or self.encoder.num_registers
-        prior = None if algorithm == "reconstruct" else self.prior
-        return network_flops(length, self.demasker, registers, prior, self.encoder, unit, windows)
+        """FLOPs of one call of each network the algorithm uses; `length` counts the prompt. See `network_flops`.
+
+        They depend on shapes alone, so each is counted once.
+        """
+        key = (length, algorithm, num_registers, *windows)
+        if key not in self._flops:
+            unit = self.base or self.demasker
+            if algorithm == "masked":
+                self._flops[key] = network_flops(length, unit, windows=windows)
+            else:
+                assert self.encoder is not None
+                registers = num_registers or self.encoder.num_registers
+                prior = None if algorithm == "reconstruct" else self.prior
+                self._flops[key] = network_flops(length, self.demasker, registers, prior, self.encoder, unit, windows)
+        return self._flops[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the pipeline as safetensors, tokenizer files and `crocodil.json`.
@@ -388,49 +372,20 @@ class CrocodilPipeline:
         Args:
             folder: created if absent.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, network in self.networks().items():
-            network.save_pretrained(folder / name)
-        self.codec.save_pretrained(folder / "tokenizer")
-        if self.encoder is not None and isinstance(self.encoder.translate, Retokenizer):
-            self.encoder.translate.target.save_pretrained(folder / ENCODER_TOKENIZER)
-        description = {
-            "format": FORMAT,
-            "versions": {name: version(name) for name in ("crocodil", "torch", "transformers")},
-            "networks": list(self.networks()),
-            "latent_process": asdict(self.latent_process),
-        }
-        (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
+        write_folder(Path(folder), self.networks(), self.codec, self.latent_process)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CrocodilPipeline":
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Reads what `save_pretrained` wrote; runs no code from the folder.
 
         Raises:
             ValueError: if the folder is no pipeline, or one of a later format.
         """
-        folder = Path(folder)
-        if not (folder / PIPELINE_FILE).is_file():
-            raise ValueError(f"{folder} is no pipeline: it has no {PIPELINE_FILE} (write one with `crocodil export`)")
-        description = json.loads((folder / PIPELINE_FILE).read_text())
-        if description.get("format") != FORMAT:
-            raise ValueError(f"{folder} has pipeline format {description.get('format')}, this version reads {FORMAT}")
-        networks: dict[str, Any] = {
-            name: NETWORKS[name].from_pretrained(folder / name) for name in description["networks"]
-        }
-        codec = TextCodec.from_pretrained(folder / "tokenizer")
-        if (folder / ENCODER_TOKENIZER).is_dir():
-            own = TextCodec.from_pretrained(folder / ENCODER_TOKENIZER)
-            networks["encoder"].translate = Retokenizer(codec, own)
-        return cls(
-            codec=codec,
-            latent_process=LatentProcess.from_dict(description["latent_process"]),
-            **networks,
-        )
+        return cls(**read_folder(Path(folder)))
 
 
-def _check_batch_and_seed(batch_size: int, seed: int) -> None:
+def check_batch_and_seed(batch_size: int, seed: int) -> None:
+    """Refuses a batch size below 1 and a seed outside 32 bits, with a ValueError."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not -(2**31) <= seed < 2**31:

@@ -14,7 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.modules import ShardedStrategy
 from crocodil.modules.checkpoints import read_checkpoint
-from crocodil.modules.evaluation import EvaluationModule
 from crocodil.output import check_writable
 
 CALLBACK_GROUP = "crocodil.callbacks"
@@ -82,7 +81,7 @@ class CrocodilCLI(LightningCLI):
         super().parse_arguments(parser, args)
         module, _, name = self.config[self.config.subcommand].model.class_path.rpartition(".")
         model = getattr(import_module(module), name)
-        if issubclass(model, EvaluationModule) and (self.config.subcommand != "test" or self._ckpt_path()):
+        if model.stage == "evaluation" and (self.config.subcommand != "test" or self._ckpt_path()):
             raise ValueError(f"{name} evaluates a pipeline folder: run it with `crocodil test`, without --ckpt_path")
         if path := self._ckpt_path():
             read_checkpoint(path, model.stage)

@@ -252,19 +252,32 @@ LLADA_NAMES = {
 
 
 @pytest.fixture(scope="session")
-def tiny_llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def byte_tokenizer() -> Callable[..., Any]:
+    """`byte_tokenizer(*special, bos=None, eos=0)`: a tokenizer of bytes and special tokens; the end token pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(*special: str, bos: int | None = None, eos: int = 0) -> Any:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens(list(special))
+        named = {"eos_token": special[eos], "pad_token": special[eos]}
+        named |= {} if bos is None else {"bos_token": special[bos]}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llada(byte_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in LLaDA's published format, with a byte-level tokenizer that knows no mask; do not change it."""
     from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("llada")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"])
-    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(str(folder))
+    byte_tokenizer("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", bos=0, eos=1).save_pretrained(str(folder))
 
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     with torch.random.fork_rng():

@@ -10,6 +10,8 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+STREAM_TIME, STREAM_MASK, STREAM_LATENT_NOISE, STREAM_CHOICE = 100, 101, 102, 103
+"""Streams of training and evaluation; samplers have their own below 100."""
 
 
 def mix(keys: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from crocodil.evaluation.judge import tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
 
 SEPARATOR = -1
 """Stands behind each row and in place of start and end tokens, so that no run crosses them."""

@@ -10,7 +10,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from crocodil.diffusion.noise import mix
-from crocodil.evaluation.judge import tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
 
 
 def unigram_entropies(token_ids: Tensor, eos_token_id: int | Sequence[int]) -> Tensor:

@@ -28,7 +28,7 @@ class FrechetDistance(Metric):
     def __init__(self, judge: Judge, reference: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.judge = judge
-        self.reference = reference
+        self.mean, self.covariance = moments(reference.cpu())
         width = reference.shape[1]
         self.add_state("num_texts", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(width, dtype=torch.float64), dist_reduce_fx="sum")
@@ -37,19 +37,16 @@ class FrechetDistance(Metric):
     def update(self, texts: Sequence[str], token_ids: Tensor | None = None) -> None:
         """Adds texts; arguments as of `Judge.read`."""
         # Relative to the data's mean, so that the sums lose no digits to it.
-        features = (self.judge.read(texts, token_ids).mean_states.double() - self._origin()).to(self.total.device)
+        features = (self.judge.read(texts, token_ids).mean_states.double() - self.mean).to(self.total.device)
         self.num_texts += len(features)
         self.total += features.sum(0)
         self.products += features.T @ features
-
-    def _origin(self) -> Tensor:
-        return self.reference.double().mean(0).cpu()
 
     def compute(self) -> dict[str, Tensor]:
         """`distance`; needs two texts at least."""
         shift = self.total / self.num_texts
         covariance = (self.products - self.num_texts * torch.outer(shift, shift)) / (self.num_texts - 1)
-        return {"distance": distance(shift.cpu() + self._origin(), covariance.cpu(), *moments(self.reference.cpu()))}
+        return {"distance": distance(shift.cpu() + self.mean, covariance.cpu(), self.mean, self.covariance)}
 
 
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:

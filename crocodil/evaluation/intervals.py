@@ -22,6 +22,14 @@ class Interval:
         return f"{self.mean:.1f}" + (f" ({self.low:.1f} to {self.high:.1f})" if math.isfinite(self.low) else "")
 
 
+def mean_and_std(values: Sequence[float | None]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN where a value is missing (None, NaN), or where one is all there is."""
+    numbers = [math.nan if value is None else float(value) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        return math.nan, math.nan
+    return fmean(numbers), stdev(numbers) if len(numbers) > 1 else math.nan
+
+
 def half_width(std: float, count: int) -> float:
     """Half of Student's t interval of a mean, at the level `CONFIDENCE`; NaN for a single value.
 
@@ -34,8 +42,8 @@ def half_width(std: float, count: int) -> float:
 
 def interval(values: Sequence[float]) -> Interval:
     """The mean with Student's t interval."""
-    mean = fmean(values)
-    half = half_width(stdev(values) if len(values) > 1 else math.nan, len(values))
+    mean, std = mean_and_std(values)
+    half = half_width(std, len(values))
     return Interval(mean, mean - half, mean + half)
 
 

@@ -26,13 +26,6 @@ def build_judge(settings: Mapping[str, Any]) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(checked_config(settings))
 
 
-def tokens_through_eos(token_ids: Tensor, eos_token_id: int | Sequence[int]) -> Tensor:
-    """True from the start of each row through its first end token: (B, L) int64 -> (B, L) bool."""
-    ends = torch.as_tensor(eos_token_id, device=token_ids.device)
-    is_eos = torch.isin(token_ids, ends)
-    return is_eos.cumsum(1) - is_eos.long() == 0
-
-
 @dataclass(frozen=True)
 class Judgement:
     """What a judge says of N texts.

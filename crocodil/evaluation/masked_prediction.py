@@ -7,11 +7,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from crocodil.diffusion.masking import corrupt
-from crocodil.diffusion.noise import RowNoise
+from crocodil.diffusion.noise import STREAM_MASK, RowNoise
 from crocodil.models import Demasker
 
 MASK_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-STREAM_MASK = 101
 
 
 class MaskedPrediction(Metric):

@@ -148,20 +148,17 @@ def introduce(settings: dict[str, Any], machine: dict[str, str], length: int) ->
     Returns:
         Two paragraphs, or one where nothing is known of the training.
     """
+    cores = f", {machine['cores']} cores" if "cores" in machine else ""
+    host = machine.get("gpu", machine.get("processor", "an unnamed processor")) + cores
     if "corpus" not in settings:
-        cores = f", {machine['cores']} cores" if "cores" in machine else ""
-        host = machine.get("gpu") or machine.get("processor", "an unnamed processor")
         return [
-            f"The pipeline {settings.get('pipeline', '')} on held-out texts of up to {length} tokens. Machine: "
-            f"{host}{cores}."
+            f"The pipeline {settings.get('pipeline', '')} on held-out texts of up to {length} tokens. Machine: {host}."
         ]
     known = {key: settings[key] for key in ("num_registers", "latent_dim") if settings.get(key) is not None}
     sketch = f"{known.get('num_registers', 'a few')} registers of {known.get('latent_dim', 'several')} numbers"
     minutes = settings.get("minutes", {})
     parts = plain(minutes, FORMATS["minutes"])
     duration = f" Data and training took {sum(minutes.values()):.1f} minutes ({parts})." if minutes else ""
-    cores = f", {machine['cores']} cores" if "cores" in machine else ""
-    host = machine.get("processor", "an unnamed processor") + cores
     return [
         "A masked-diffusion language model (the base) writes a program by filling masked tokens, many in one network "
         "call: fewer calls are faster, and worse. Here it is compared with itself guided by a sketch of the whole "

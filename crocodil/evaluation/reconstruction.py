@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.text import BERTScore
 
-from crocodil.evaluation.judge import tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
 
 
 class CharErrorRate(Metric):

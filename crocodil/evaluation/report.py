@@ -190,6 +190,20 @@ def write_generation(folder: str | Path, rows: list[Row], context: dict[str, Any
     return write_page(folder, context, rows=rows, quality=quality, texts=examples)
 
 
+def write_reconstruction(folder: str | Path, rows: list[Row], context: dict[str, Any]) -> Path:
+    """Writes the table and the page of `crocodil.experiments.Reconstruction`; arguments as of `write_generation`."""
+    columns = [name for name in RECONSTRUCTION_COLUMNS if name not in RECONSTRUCTION_KEYS]
+    write_tables(folder, "reconstruction", rows, RECONSTRUCTION_KEYS, [*columns, "seconds_per_sample"], context)
+    return write_page(folder, context, reconstruction_rows=rows)
+
+
+def write_conditioning(folder: str | Path, rows: list[Row], context: dict[str, Any]) -> Path:
+    """Writes the table and the page of `crocodil.experiments.Conditioning`; arguments as of `write_generation`."""
+    columns = ("cross_entropy", "standard_error", "top1", "num_tokens")
+    write_tables(folder, "conditioning", rows, ("system", "num_registers", "mask_ratio"), columns, context)
+    return write_page(folder, context, conditioning=rows)
+
+
 def write_page(folder: str | Path, context: dict[str, Any], **content: Any) -> Path:
     """Writes the page of an evaluation.
 

@@ -5,9 +5,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
+from crocodil.evaluation.intervals import mean_and_std
 from crocodil.evaluation.verdict import MISSING, Row
 
 
@@ -21,7 +21,7 @@ def summary(rows: Sequence[Row], keys: Sequence[str], seed: str = "seed") -> lis
 
     Returns:
         One dict for each setting: the keys, `num_seeds`, and each measure `m` as `m` and, of several seeds, `m_std`.
-        What is missing (None, NaN) in one seed is missing.
+        What is missing (None, NaN) in one seed is left out.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -33,16 +33,10 @@ def summary(rows: Sequence[Row], keys: Sequence[str], seed: str = "seed") -> lis
         for name in measures:
             values = [row.get(name) for row in members]
             if all(isinstance(value, int | float | None) for value in values):
-                item |= _mean_and_std(name, values)
+                figures = dict(zip((name, f"{name}_std"), mean_and_std(values), strict=True))
+                item |= {key: value for key, value in figures.items() if math.isfinite(value)}
         found.append(item)
     return found
-
-
-def _mean_and_std(name: str, values: list[Any]) -> Row:
-    numbers = [math.nan if value is None else float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        return {name: None}
-    return {name: fmean(numbers)} | ({f"{name}_std": stdev(numbers)} if len(numbers) > 1 else {})
 
 
 def markdown(items: Sequence[Row], columns: Sequence[str]) -> str:

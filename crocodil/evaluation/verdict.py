@@ -7,8 +7,9 @@ standard deviations over seeds. A mean with a missing part is missing: it is sho
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from statistics import fmean, stdev
 from typing import Any
+
+from crocodil.evaluation.intervals import mean_and_std
 
 Row = dict[str, Any]
 
@@ -33,13 +34,6 @@ MEASURES = (
     *("nfe", "seconds_per_sample", "judge_nll", "entropy", "distance", "parse_rate", "duplicate_rate"),
     *("mauve", "compile_rate", "undefined_names", "distinct_2", "distinct_4", "copied_run", "copied_share"),
 )
-
-
-def _mean_and_std(values: list[float | None]) -> tuple[float, float]:
-    numbers = [math.nan if value is None else float(value) for value in values]
-    if not all(map(math.isfinite, numbers)):
-        return math.nan, math.nan
-    return fmean(numbers), stdev(numbers) if len(numbers) > 1 else math.nan
 
 
 def summarise(rows: list[Row]) -> list[Row]:
@@ -67,7 +61,7 @@ def summarise(rows: list[Row]) -> list[Row]:
     for setting, members in groups.items():
         item: Row = dict(zip(SETTING, setting, strict=True)) | {"num_seeds": len(members)}
         for measure in MEASURES:
-            item[measure], item[f"{measure}_std"] = _mean_and_std([row.get(measure) for row in members])
+            item[measure], item[f"{measure}_std"] = mean_and_std([row.get(measure) for row in members])
         summary.append(item)
 
     def place(row: Row) -> tuple[int, int, str, float, float]:

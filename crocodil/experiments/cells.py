@@ -72,10 +72,6 @@ class Ledger:
             self.rows[key] = row
         return self.rows[key]
 
-    def has(self, cell: Any) -> bool:
-        """Whether the row of a cell is there."""
-        return json.dumps({"kind": type(cell).__name__, **asdict(cell)}) in self.rows
-
 
 def _from_first(value: Any) -> Any:
     """What the first process has, in all of them."""

@@ -1,8 +1,9 @@
 """Unconditional generation (the paper's figure 6): quality, diversity and cost of every system, over step budgets."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, field
+from functools import cached_property, partial
 from statistics import median
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from crocodil.evaluation.copying import LongestCopiedRun, SuffixArray
+from crocodil.evaluation.cost import Cost
 from crocodil.evaluation.diversity import DistinctNgrams, DuplicateRate, UnigramEntropy
 from crocodil.evaluation.frechet import FrechetDistance
 from crocodil.evaluation.judge import Judge
 from crocodil.evaluation.mauve import Mauve
 from crocodil.evaluation.perplexity import GenerativePerplexity
 from crocodil.evaluation.python_code import CompileRate, ParseRate, UndefinedNames
-from crocodil.evaluation.verdict import SETTING
 from crocodil.experiments.cells import Ledger, Row, share_of, with_bar
 from crocodil.pipeline import CrocodilPipeline, PipelineResult
 from crocodil.ranks import gather_rows, mean_over_items, rank_and_size
 
 NUM_EXAMPLES = 4
+NOTHING = Cost(0.0, 0.0, 0.0, 0.0, {}, {}, {})
+"""What texts cost that nobody wrote."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class SystemGrid:
 
 
 @dataclass(frozen=True)
-class GenerationCell:
-    """One setting of one system and one seed; fields as of `SystemGrid`, 0 steps and no rule for "data"."""
+class Setting:
+    """One setting of one system; fields as of `SystemGrid`, 0 steps and no rule for "data"."""
 
     algorithm: str
     num_steps: int
@@ -62,19 +65,19 @@ class GenerationCell:
     temperature: float | None
     num_registers: int | None
     length: int
+
+
+@dataclass(frozen=True)
+class GenerationCell(Setting):
+    """A setting and the seed of its texts."""
+
     seed: int
 
 
 @dataclass(frozen=True)
-class TimingCell:
-    """The wall-clock of one setting at one batch size."""
+class TimingCell(Setting):
+    """The wall-clock of a setting at one batch size."""
 
-    algorithm: str
-    num_steps: int
-    remasking: str
-    temperature: float
-    num_registers: int | None
-    length: int
     batch_size: int
 
 
@@ -141,31 +144,35 @@ class Generation:
         self.timed_batches, self.repeats = timed_batches, repeats
         self.mauve_seeds, self.undefined_names = tuple(mauve_seeds), undefined_names
         self.reference, self.held_out = held_out[::2], held_out[1::2]
-        self._features: dict[int, tuple[Tensor, Tensor]] = {}
+        self._collections: dict[int, MetricCollection] = {}
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Data first, then the systems in the order given, for each length."""
+        return [
+            setting
+            for length in self.lengths
+            for setting in (
+                Setting("data", 0, None, None, None, length),
+                *(
+                    Setting(grid.algorithm, num_steps, grid.remasking, temperature, grid.num_registers, length)
+                    for grid in self.systems
+                    for temperature in grid.temperature
+                    for num_steps in grid.num_steps
+                ),
+            )
+        ]
 
     @property
     def cells(self) -> list[GenerationCell]:
-        """The grid: data first, then the systems in the order given, for each length and seed."""
-        return [
-            GenerationCell(grid.algorithm, num_steps, grid.remasking, temperature, grid.num_registers, length, seed)
-            if grid
-            else GenerationCell("data", 0, None, None, None, length, seed)
-            for length in self.lengths
-            for seed in self.seeds
-            for grid in (None, *self.systems)
-            for temperature in (grid.temperature if grid else [0.0])
-            for num_steps in (grid.num_steps if grid else [0])
-        ]
+        """Every setting for every seed."""
+        return [GenerationCell(**asdict(setting), seed=seed) for seed in self.seeds for setting in self.settings]
 
     @property
     def timing_cells(self) -> list[TimingCell]:
         """What is timed: every setting that writes from noise, at every batch size."""
-        settings = dict.fromkeys(
-            (c.algorithm, c.num_steps, c.remasking, c.temperature, c.num_registers, c.length)
-            for c in self.cells
-            if c.algorithm not in ("data", "oracle")
-        )
-        return [TimingCell(*setting, batch) for batch in self.timed_batches for setting in settings]  # type: ignore[arg-type]
+        written = [setting for setting in self.settings if setting.algorithm not in ("data", "oracle")]
+        return [TimingCell(**asdict(setting), batch_size=batch) for batch in self.timed_batches for setting in written]
 
     def rows(self, ledger: Ledger) -> list[Row]:
         """One row for each cell: its settings, figures, and wall-clock at the timed batch sizes.
@@ -173,35 +180,32 @@ class Generation:
         Args:
             ledger: keeps finished cells.
         """
-        todo: list[GenerationCell | TimingCell] = [*self.cells, *self.timing_cells]
-        measured: dict[GenerationCell | TimingCell, Row] = {}
-        for cell in with_bar(todo, "generation"):
-            take: Callable[..., Row] = self.measure if isinstance(cell, GenerationCell) else self.time
-            measured[cell] = ledger.row(cell, lambda take=take, cell=cell: take(cell))  # type: ignore[misc]
-        return [measured[cell] | self._timings(cell, measured) for cell in self.cells]
-
-    def _timings(self, cell: GenerationCell, measured: dict[Any, Row]) -> Row:
-        settings = (cell.algorithm, cell.num_steps, cell.remasking, cell.temperature, cell.num_registers, cell.length)
-        found: Row = {}
-        for batch in self.timed_batches:
-            found |= measured.get(TimingCell(*settings, batch), {})  # type: ignore[arg-type]
-        return found
+        cells, rows = self.cells, []
+        seconds: dict[tuple[Any, ...], Row] = defaultdict(dict)
+        for cell in with_bar([*cells, *self.timing_cells], "generation"):
+            if isinstance(cell, GenerationCell):
+                rows.append(ledger.row(cell, partial(self.measure, cell)))
+            else:
+                seconds[astuple(cell)[:-1]] |= ledger.row(cell, partial(self.time, cell))
+        return [row | seconds[astuple(cell)[:-1]] for cell, row in zip(cells, rows, strict=True)]
 
     def measure(self, cell: GenerationCell) -> Row:
         """Writes the texts of a cell and takes their figures."""
         result = self.write(cell)
-        metrics = MetricCollection(self._metrics(cell.length), compute_groups=False).to(self.pipeline.device)
+        metrics = self._metrics(cell.length)
+        metrics.reset()
         metrics.update(texts=result.texts, token_ids=result.token_ids)
         figures = {name: float(value) for name, value in metrics.compute().items()}
-        return {
-            **{key: getattr(cell, key) for key in (*SETTING, "seed")},
-            **self._costs(result, cell),
-            **figures,
-            "examples": result.texts[:NUM_EXAMPLES],
-        }
+        return asdict(cell) | self._costs(result) | figures | {"examples": result.texts[:NUM_EXAMPLES]}
 
-    def _metrics(self, length: int) -> dict[str, Metric | MetricCollection]:
-        """The figures of a set of texts, by name."""
+    def _metrics(self, length: int) -> MetricCollection:
+        """The figures of a set of texts, which remember the reference from cell to cell."""
+        if length not in self._collections:
+            metrics = MetricCollection(self._new_metrics(length), compute_groups=False)
+            self._collections[length] = metrics.to(self.pipeline.device)
+        return self._collections[length]
+
+    def _new_metrics(self, length: int) -> dict[str, Metric | MetricCollection]:
         ends = self.pipeline.demasker.stop_token_ids
         vocabulary = self.pipeline.codec.vocabulary
         mean_states, last_states = self._reference(length)
@@ -232,90 +236,68 @@ class Generation:
 
     def _reference(self, length: int) -> tuple[Tensor, Tensor]:
         """Features of the reference, of which every process reads its share."""
-        if length not in self._features:
-            rows = self.reference[list(share_of(len(self.reference))), :length]
-            judgement = self.judge.read(self._decode(rows), rows)
-            device = self.pipeline.device
-            self._features[length] = (
-                gather_rows(judgement.mean_states.to(device)),
-                gather_rows(judgement.last_states.to(device)),
-            )
-        return self._features[length]
+        rows = self.reference[list(share_of(len(self.reference))), :length]
+        judgement = self.judge.read(self._decode(rows), rows)
+        mean_states, last_states = (
+            gather_rows(states.to(self.pipeline.device)) for states in (judgement.mean_states, judgement.last_states)
+        )
+        return mean_states, last_states
 
-    def write(self, cell: GenerationCell) -> "PipelineResult | HeldOut":
+    def write(self, cell: GenerationCell) -> PipelineResult:
         """The texts of a cell that fall to this process."""
         share = share_of(self.num_samples)
-        if cell.algorithm == "data":
-            rows = self._chosen(cell)[list(share)]
-            return HeldOut(self._decode(rows), rows)
-        settings: dict[str, Any] = {
-            "num_registers": cell.num_registers,
-            "seed": cell.seed,
-            "first_sample": share.start,
-            "batch_size": self.batch_size,
-            "remasking": cell.remasking,
-            "temperature": cell.temperature,
-        }
-        if cell.algorithm == "oracle":
-            return self.pipeline.reconstruct(self._chosen(cell)[list(share)], cell.num_steps, **settings)
+        if cell.algorithm in ("data", "oracle"):
+            order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(cell.seed))
+            chosen = self.held_out[order[list(share)], : cell.length]
+            if cell.algorithm == "data":
+                return PipelineResult(self._decode(chosen), chosen, NOTHING)
+            return self.pipeline.reconstruct(
+                chosen,
+                cell.num_steps,
+                num_registers=cell.num_registers,
+                seed=cell.seed,
+                first_sample=share.start,
+                batch_size=self.batch_size,
+                remasking=cell.remasking,
+                temperature=cell.temperature,
+            )
+        return self._sample(cell, len(share), self.batch_size, cell.seed, share.start)
+
+    def _sample(
+        self, setting: Setting, num_samples: int, batch_size: int, seed: int = 0, first_sample: int = 0
+    ) -> PipelineResult:
         return self.pipeline(
-            len(share),
-            cell.length,
-            "masked" if cell.algorithm == "base" else cell.algorithm,  # type: ignore[arg-type]
-            cell.num_steps,
+            num_samples,
+            setting.length,
+            "masked" if setting.algorithm == "base" else setting.algorithm,  # type: ignore[arg-type]
+            setting.num_steps,
+            seed=seed,
+            first_sample=first_sample,
+            num_registers=setting.num_registers,
             prior_steps=self.prior_steps,
             refresh_prior_steps=self.refresh_prior_steps,
-            **settings,
+            batch_size=batch_size,
+            remasking=setting.remasking,
+            temperature=setting.temperature,
         )
-
-    def _chosen(self, cell: GenerationCell) -> Tensor:
-        order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(cell.seed))
-        return self.held_out[order[: self.num_samples], : cell.length]
-
-    def _decode(self, token_ids: Tensor) -> list[str]:
-        return [self.pipeline.codec.decode(row) for row in token_ids]
-
-    def _costs(self, result: "PipelineResult | HeldOut", cell: GenerationCell) -> Row:
-        """Calls of each network, equivalents and seconds of a text, as means over the texts of all processes."""
-        if isinstance(result, HeldOut):
-            return dict.fromkeys(("demasker_calls", "prior_calls", "encoder_calls", "nfe", "seconds_per_sample"), 0.0)
-        calls = {
-            f"{network}_calls": sum(count for name, count in result.cost.calls.items() if name.startswith(network))
-            for network in ("demasker", "prior", "encoder")
-        }
-        costs = {
-            **calls,
-            "nfe": result.cost.nfe,
-            "seconds_per_sample": result.cost.seconds / len(result.texts),
-            "tokens_per_call": result.cost.tokens_per_call,
-        }
-        return mean_over_items(costs, len(result.texts), self.pipeline.device)
 
     def time(self, cell: TimingCell) -> Row:
         """Median seconds a text at a batch size, after one run to warm up; on the first process alone."""
         if rank_and_size()[0] > 0:
             return {}
-        seconds = [self._run(cell).cost.seconds / cell.batch_size for _ in range(1 + self.repeats)]
-        return {f"seconds_batch_{cell.batch_size}": median(seconds[1:])}
+        runs = [self._sample(cell, cell.batch_size, cell.batch_size) for _ in range(1 + self.repeats)]
+        return {f"seconds_batch_{cell.batch_size}": median(run.cost.seconds / cell.batch_size for run in runs[1:])}
 
-    def _run(self, cell: TimingCell) -> PipelineResult:
-        return self.pipeline(
-            cell.batch_size,
-            cell.length,
-            "masked" if cell.algorithm == "base" else cell.algorithm,  # type: ignore[arg-type]
-            cell.num_steps,
-            num_registers=cell.num_registers,
-            prior_steps=self.prior_steps,
-            refresh_prior_steps=self.refresh_prior_steps,
-            batch_size=cell.batch_size,
-            remasking=cell.remasking,
-            temperature=cell.temperature,
-        )
+    def _decode(self, token_ids: Tensor) -> list[str]:
+        return [self.pipeline.codec.decode(row) for row in token_ids]
 
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Texts nobody wrote, so that they cost nothing."""
-
-    texts: list[str]
-    token_ids: Tensor
+    def _costs(self, result: PipelineResult) -> Row:
+        """Calls of each network, equivalents and seconds of a text, as means over the texts of all processes."""
+        calls = {
+            f"{network}_calls": sum(count for name, count in result.cost.calls.items() if name.startswith(network))
+            for network in ("demasker", "prior", "encoder")
+        }
+        costs = calls | {"nfe": result.cost.nfe, "seconds_per_sample": result.cost.seconds / len(result.texts)}
+        if result.cost.calls:
+            costs["tokens_per_call"] = result.cost.tokens_per_call
+        return mean_over_items(costs, len(result.texts), self.pipeline.device)

@@ -1,7 +1,7 @@
 """Texts written again from their registers (the paper's table 1): block length against demasker calls."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -11,7 +11,6 @@ from crocodil.evaluation.judge import Judge
 from crocodil.evaluation.perplexity import GenerativePerplexity
 from crocodil.evaluation.python_code import ParseRate
 from crocodil.evaluation.reconstruction import CharErrorRate, CodeBertScore, TokenAccuracy
-from crocodil.evaluation.report import RECONSTRUCTION_KEYS
 from crocodil.experiments.cells import Ledger, Row, share_of, with_bar
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.ranks import mean_over_items
@@ -124,7 +123,7 @@ class Reconstruction:
         metrics = MetricCollection(self._metrics(), compute_groups=False).to(self.pipeline.device)
         metrics.update(texts=texts, token_ids=token_ids, reference_texts=originals, reference_ids=source)
         return {
-            **{key: getattr(cell, key) for key in (*RECONSTRUCTION_KEYS, "seed")},
+            **asdict(cell),
             **mean_over_items(costs, len(share), self.pipeline.device),
             **{name: float(value) for name, value in metrics.compute().items()},
         }

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from crocodil.evaluation.likelihood import log_likelihood, score
 from crocodil.harness.questions import Pair, Question, equal_lengths, fit_prompts, request_seed
-from crocodil.harness.writer import is_pipeline, load
+from crocodil.harness.writer import load
 from crocodil.pipeline import Algorithm, batches, masked_sampler
+from crocodil.pipeline_folder import is_pipeline
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -92,7 +93,7 @@ class CrocodilLM(TemplateLM):
         masked_sampler(num_steps or length, **sampler)  # settings are checked before weights are read
         self.pretrained = pretrained
         self.pipe = load(pretrained, dtype, family, quantization, adapter)
-        self.pipe._check_networks(algorithm, num_registers)
+        self.pipe.check_networks(algorithm, num_registers)
         if scorer == "base" and self.pipe.base is None:
             raise ValueError(f"{pretrained} has no base to score with; leave scorer out")
         self.scorer = self.pipe.demasker if scorer == "demasker" or self.pipe.base is None else self.pipe.base

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +10,8 @@ from crocodil.data.codec import TextCodec
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation.stopwatch import Stopwatch
 from crocodil.models import Demasker
-from crocodil.pipeline import PIPELINE_FILE, Algorithm, CrocodilPipeline
+from crocodil.pipeline import Algorithm, CrocodilPipeline
+from crocodil.pipeline_folder import is_pipeline
 from crocodil.samplers import MaskedSampler
 
 
@@ -39,8 +39,8 @@ class Writer(CrocodilPipeline):
             prior_steps: steps of the prior for the first draw.
             num_registers: registers the demasker reads.
         """
-        first, later = (self._latent_sampler(num_steps, "dpmpp_2m", 1.0) for num_steps in (prior_steps, 8))
-        draw = self._sampler(algorithm, sampler, first, later, None, num_registers, Stopwatch(self.device))
+        first, later = (self.latent_process.sampler(num_steps) for num_steps in (prior_steps, 8))
+        draw = self.bound_sampler(algorithm, sampler, first, later, None, num_registers, Stopwatch(self.device))
         out = draw(
             length=length,
             batch_size=len(prompts),
@@ -63,11 +63,6 @@ class Writer(CrocodilPipeline):
         before = [token for token in prompt if token != self.codec.vocabulary.eos_token_id]  # would end the text
         text = self.codec.decode([*before, *written.tolist()])[len(self.codec.decode(before)) :]
         return text[: min((at for stop in until if stop and (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def is_pipeline(path: str) -> bool:
-    """Whether a folder was written by `CrocodilPipeline.save_pretrained`."""
-    return (Path(path) / PIPELINE_FILE).is_file()
 
 
 def load(
@@ -93,7 +88,7 @@ def load(
         given = {"dtype": dtype, "family": family, "quantization": quantization, "adapter": adapter}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{', '.join(wrong)} must be left out: {pretrained} is a pipeline and has its own")
-        return cast(Writer, Writer.from_pretrained(pretrained))
+        return Writer.from_pretrained(pretrained)
     demasker = Demasker.from_pretrained(pretrained, family, quantization, dtype)
     if adapter is not None:
         add_peft_adapter(demasker, adapter)

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from torch import Tensor
 
-from crocodil.evaluation.judge import tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
 from crocodil.evaluation.page import mark_differences
 from crocodil.latents.tools import Interpolant, Neighbour, RegisterCount, RegisterEffects
 from crocodil.pipeline import CrocodilPipeline

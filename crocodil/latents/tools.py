@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from crocodil.diffusion.masking import token_cross_entropy
 from crocodil.diffusion.noise import RowNoise
-from crocodil.evaluation.judge import tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
 from crocodil.models import Demasker, RegisterEncoder
-from crocodil.pipeline import CrocodilPipeline, masked_sampler
+from crocodil.pipeline import CrocodilPipeline, check_batch_and_seed, masked_sampler
 from crocodil.samplers.protocols import ProgressCallback
 
 Kind = Literal["slerp", "linear"]
@@ -406,8 +406,7 @@ def _write(
     **sampler: Any,
 ) -> tuple[Tensor, list[str]]:
     """What the demasker writes from latents (B, K, D), of which each row hears the first `counts`: (B, L) and texts."""
-    if not -(2**31) <= seed < 2**31:
-        raise ValueError(f"seed must be at least -2^31 and below 2^31, got {seed}")
+    check_batch_and_seed(BATCH_SIZE, seed)
     demasker, device = pipeline.demasker, pipeline.device
     settings, rows = (
         masked_sampler(num_steps, **{"temperature": 0.0, "static_shapes": pipeline.is_compiled, **sampler}),

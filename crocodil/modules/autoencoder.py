@@ -19,11 +19,11 @@ from crocodil.diffusion.masking import (
     corrupt,
     masked_cross_entropy,
 )
-from crocodil.diffusion.noise import BatchNoise, RowNoise
+from crocodil.diffusion.noise import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, BatchNoise, RowNoise
 from crocodil.evaluation.masked_prediction import MaskedPrediction
 from crocodil.models import Demasker, RegisterEncoder
 from crocodil.models.pretrained import Pretrained
-from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, Batch, CrocodilModule
+from crocodil.modules.base import Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage
 from crocodil.modules.demasker import base_demasker, draw_masks, masked_diffusion_loss
 from crocodil.modules.optimizers import MuonAdamW

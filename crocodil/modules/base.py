@@ -20,7 +20,6 @@ from crocodil.ranks import rank_and_size
 
 Batch = dict[str, Tensor]
 MAX_ROWS = 2**28 + 3  # of a batch over all processes
-STREAM_TIME, STREAM_MASK, STREAM_LATENT_NOISE, STREAM_CHOICE = 100, 101, 102, 103
 
 
 class CrocodilModule(L.LightningModule):

@@ -19,10 +19,10 @@ from crocodil.diffusion.masking import (
     masked_cross_entropy,
     stratified_times,
 )
-from crocodil.diffusion.noise import BatchNoise
+from crocodil.diffusion.noise import STREAM_MASK, STREAM_TIME, BatchNoise
 from crocodil.models import Demasker
 from crocodil.models.pretrained import Pretrained
-from crocodil.modules.base import STREAM_MASK, STREAM_TIME, Batch, CrocodilModule
+from crocodil.modules.base import Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage, StageCheckpoint
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
 from crocodil.diffusion.noise import BatchNoise
-from crocodil.evaluation.judge import build_judge, tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
+from crocodil.evaluation.judge import build_judge
 from crocodil.modules.base import Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage
 from crocodil.modules.optimizers import MuonAdamW

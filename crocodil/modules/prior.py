@@ -22,14 +22,15 @@ from crocodil.diffusion.gaussian import (
     to_x0,
 )
 from crocodil.diffusion.masking import corrupt, stratified_times
-from crocodil.diffusion.noise import BatchNoise
+from crocodil.diffusion.noise import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME, BatchNoise
 from crocodil.models import LatentPrior
-from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME, Batch, CrocodilModule
+from crocodil.modules.base import Batch, CrocodilModule
 from crocodil.modules.checkpoints import Stage, StageCheckpoint
 from crocodil.modules.demasker import check_vocabulary
 from crocodil.modules.optimizers import MuonAdamW
-from crocodil.pipeline import CrocodilPipeline, LatentProcess
-from crocodil.samplers import ConThenDisc, LatentSampler, MaskedSampler
+from crocodil.pipeline import CrocodilPipeline
+from crocodil.samplers import ConThenDisc, MaskedSampler
+from crocodil.samplers.latent import LatentProcess
 
 
 class PriorModule(CrocodilModule):
@@ -185,13 +186,7 @@ class PriorModule(CrocodilModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """ConThenDisc: as many new texts as the batch has rows."""
-        process = self.latent_process
-        latent_sampler = LatentSampler(
-            noise_schedule=process.noise_schedule,
-            prediction_type=process.prediction_type,
-            self_conditioning=process.self_conditioning,
-        )
-        out = ConThenDisc(self.sampler, latent_sampler).sample(
+        out = ConThenDisc(self.sampler, self.latent_process.sampler()).sample(
             self.demasker,
             self.prior,
             length=batch["token_ids"].shape[1],

@@ -1,6 +1,7 @@
 """The sampler of the latent prior: from noise to K registers."""
 
-from typing import Literal, Protocol, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -178,3 +179,24 @@ def ancestral_step(z: Tensor, estimate: Tensor, fresh: Tensor, now: GaussianPoin
     share = -torch.expm1(now.log_snr - after.log_snr)  # 1 - SNR_t / SNR_s, the variance the step removes
     mean = (1 - share) * (after.alpha_t / now.alpha_t) * z + share * after.alpha_t * estimate
     return (mean + after.sigma_t * share.sqrt() * fresh).to(z.dtype)
+
+
+@dataclass(frozen=True)
+class LatentProcess:
+    """How a prior was trained, which is how it must be sampled."""
+
+    noise_schedule: TangentSchedule = field(default_factory=TangentSchedule)
+    prediction_type: PredictionType = "x0"
+    self_conditioning: bool = True
+    conditional: bool = True
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "LatentProcess":
+        """Rebuilds what `dataclasses.asdict` made."""
+        return cls(**{**settings, "noise_schedule": TangentSchedule(**settings["noise_schedule"])})
+
+    def sampler(self, num_steps: int = 32, solver: Solver = "dpmpp_2m", guidance_scale: float = 1.0) -> LatentSampler:
+        """The sampler of such a prior; arguments as of `LatentSampler`."""
+        return LatentSampler(
+            num_steps, solver, self.noise_schedule, self.prediction_type, self.self_conditioning, guidance_scale
+        )

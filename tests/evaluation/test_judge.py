@@ -5,7 +5,8 @@ import torch
 
 from crocodil.data.codec import TextCodec
 from crocodil.evaluation import judge as judge_module
-from crocodil.evaluation.judge import Judge, build_judge, tokens_through_eos
+from crocodil.evaluation.ends import tokens_through_eos
+from crocodil.evaluation.judge import Judge, build_judge
 
 EOS, BOS = 0, 1
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from crocodil.diffusion.noise import RowNoise
-from crocodil.evaluation.masked_prediction import STREAM_MASK, MaskedPrediction
+from crocodil.diffusion.noise import STREAM_MASK, RowNoise
+from crocodil.evaluation.masked_prediction import MaskedPrediction
 from crocodil.models import Demasker, RegisterEncoder
 
 

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,12 +44,10 @@ def test_tokens_count_through_the_end_of_the_reference() -> None:
 
 
 @pytest.fixture(scope="module")
-def code_model(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def code_model(byte_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder with a tokenizer of bytes."""
     folder = tmp_path_factory.mktemp("code_model")
-    tokenizer = AutoTokenizer.from_pretrained(judge_folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
+    byte_tokenizer("<|endoftext|>").save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     with torch.random.fork_rng():
         torch.manual_seed(0)

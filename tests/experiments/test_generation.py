@@ -88,7 +88,7 @@ def test_base_texts_are_those_of_the_sampler(make: Any, tiny_pipeline: Any) -> N
 def test_data_is_judged_against_other_data(make: Any, judge: Any) -> None:
     table = make()
     row = table.measure(GenerationCell("data", 0, None, None, None, 32, 0))
-    chosen = table._chosen(GenerationCell("data", 0, None, None, None, 32, 0))
+    chosen = table.write(GenerationCell("data", 0, None, None, None, 32, 0)).token_ids
     reference = {tuple(text.tolist()) for text in table.reference}
     assert len(chosen) == 6 and not reference & {tuple(text.tolist()) for text in chosen}
     codec = table.pipeline.codec
@@ -99,7 +99,7 @@ def test_data_is_judged_against_other_data(make: Any, judge: Any) -> None:
 def test_oracle_reads_the_registers_of_the_texts(make: Any, tiny_pipeline: Any) -> None:
     cell = GenerationCell("oracle", 2, "low_confidence", 0.0, 3, 32, 0)
     table = make()
-    source = table._chosen(cell)
+    source = table.write(GenerationCell("data", 0, None, None, None, 32, 0)).token_ids
     out = MaskedSampler(2).sample(
         tiny_pipeline.demasker, length=32, batch_size=6, latents=tiny_pipeline.encoder(source)[:, :3]
     )

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from itertools import pairwise
@@ -30,15 +29,6 @@ FIRST = "def f(v0, v1):\n    return v0 + v1\n"
 SECOND = "def f(self):\n    if self.a0:\n        return None\n    return self.a1[0]\n"
 LENGTH = 32
 WRITTEN = EOS, V0, PLUS = (0, 116, 57)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other cost more than these small networks, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

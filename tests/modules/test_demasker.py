@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from crocodil import modules
 from crocodil.data import Vocabulary
 from crocodil.diffusion.masking import CosineMasking
-from crocodil.modules.base import STREAM_MASK, STREAM_TIME
+from crocodil.diffusion.noise import STREAM_MASK, STREAM_TIME
 from crocodil.modules.demasker import draw_masks
 
 MASK = 2

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crocodil.diffusion.gaussian import TangentSchedule
-from crocodil.modules.base import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME
+from crocodil.diffusion.noise import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME
 from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.samplers import MaskedSampler
 

@@ -153,6 +153,7 @@ def test_a_killed_run_goes_on(resumed: Path, truth: Path) -> None:
         assert_same_weights(resumed, truth, "autoencoder", prefix)
 
 
+@pytest.mark.slow
 def test_a_folder_is_exported_as_a_file_is(resumed: Path, truth: Path, tmp_path: Path) -> None:
     pipelines = []
     for folder in (resumed, truth):
