@@ -18,6 +18,7 @@ Split = Literal["train", "val", "test"]
 HELD_OUT_FIRST: tuple[Split, ...] = ("test", "val", "train")
 EXCLUDED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 MAX_FILE_BYTES = 1_000_000
+MAX_DOCUMENT_BYTES = 2**24
 VAL_PERCENT = TEST_PERCENT = 5
 DEFAULT_PACKAGES = (
     "torch",
@@ -54,27 +55,41 @@ class SourceFile:
 
 @dataclass
 class SkipCount:
-    """How many files were left out, by reason.
+    """How many files, or records of files, were left out, by reason.
 
     Args:
-        not_utf8: files that are not UTF-8.
-        null_bytes: files that hold NUL bytes.
-        empty: files without any visible character.
-        too_large: files of more than `MAX_FILE_BYTES` bytes.
+        not_utf8: not UTF-8, or JSON strings that no UTF-8 can spell (lone surrogates).
+        null_bytes: with NUL bytes.
+        empty: without any visible character.
+        too_large: of more bytes than the limit of whoever reads (`MAX_FILE_BYTES` in `read_text`).
+        not_json: lines that are no JSON object.
+        missing_values: rows without a text, or without a plain value in a column that was asked for.
+        damaged: files, parts of a table or members of an archive that break off or cannot be decoded.
+        unsafe: links out of the folder; members of archives that are links, devices or named outside the archive.
+        unreadable: files that the operating system refuses to read; members of archives that are encrypted.
         unparsable: files that are no Python program (canonical functions only).
-        unreadable: files that the operating system refuses to read.
+        filtered: records that a source was told to leave out.
+        too_few_tokens: documents shorter than asked for.
+        too_many_tokens: documents longer than asked for.
     """
 
     not_utf8: int = 0
     null_bytes: int = 0
     empty: int = 0
     too_large: int = 0
-    unparsable: int = 0
+    not_json: int = 0
+    missing_values: int = 0
+    damaged: int = 0
+    unsafe: int = 0
     unreadable: int = 0
+    unparsable: int = 0
+    filtered: int = 0
+    too_few_tokens: int = 0
+    too_many_tokens: int = 0
 
     @property
     def total(self) -> int:
-        """Number of files left out."""
+        """Number of all that was left out."""
         return sum(asdict(self).values())
 
     def add(self, other: "SkipCount") -> None:
@@ -82,9 +97,35 @@ class SkipCount:
         for reason, count in asdict(other).items():
             setattr(self, reason, getattr(self, reason) + count)
 
+    def accepts(self, text: object, max_bytes: int = MAX_DOCUMENT_BYTES) -> bool:
+        """Whether this is a text fit for a corpus; if not, the reason is counted.
+
+        Args:
+            text: a string, or whatever stands in its place.
+            max_bytes: length of the text in UTF-8 at most.
+        """
+        reason = _unfitness(text, max_bytes)
+        if reason is not None:
+            setattr(self, reason, getattr(self, reason) + 1)
+        return reason is None
+
     def __str__(self) -> str:
         reasons = [f"{count} {reason.replace('_', ' ')}" for reason, count in asdict(self).items() if count]
         return ", ".join(reasons) or "none"
+
+
+def _unfitness(text: object, max_bytes: int) -> str | None:
+    if not isinstance(text, str):
+        return "missing_values"
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError:
+        return "not_utf8"
+    if num_bytes > max_bytes:
+        return "too_large"
+    if "\0" in text:
+        return "null_bytes"
+    return "empty" if not text or text.isspace() else None
 
 
 def standard_library_files() -> list[SourceFile]:
@@ -146,36 +187,46 @@ def read_text(path: Path, skipped: SkipCount) -> str | None:
         skipped: the reason is counted here if the file is unfit.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            skipped.too_large += 1
-            return None
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError:
+        skipped.unreadable += 1
+        return None
+    return fit_text(content, skipped, MAX_FILE_BYTES)
+
+
+def fit_text(content: bytes, skipped: SkipCount, max_bytes: int = MAX_DOCUMENT_BYTES) -> str | None:
+    """Text of a document's bytes (a byte order mark is dropped), or None if it is unfit.
+
+    Args:
+        content: the document, or more than `max_bytes` bytes of it.
+        skipped: the reason is counted here if the document is unfit.
+        max_bytes: a longer document is unfit.
+    """
+    if len(content) > max_bytes:
+        skipped.too_large += 1
+        return None
+    try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         skipped.not_utf8 += 1
         return None
-    except OSError:
-        skipped.unreadable += 1
-        return None
-    if "\0" in text:
-        skipped.null_bytes += 1
-        return None
-    if not text.strip():
-        skipped.empty += 1
-        return None
-    return text
+    return text if skipped.accepts(text, max_bytes) else None
 
 
-def split_of(relative_name: str) -> Split:
-    """Split of a file by a stable hash of its relative name: 5 % "val", 5 % "test", the rest "train".
+def split_of(name: str, val_percent: float = VAL_PERCENT, test_percent: float = TEST_PERCENT) -> Split:
+    """Split of what has this name, by a stable hash: the same on every machine, whatever else is in the corpus.
 
     Args:
-        relative_name: name with forward slashes relative to the root of the corpus, such as "json/decoder.py".
+        name: such as "json/decoder.py", relative to the root of the corpus, with forward slashes.
+        val_percent: share of "val", in [0, 100], to a thousandth.
+        test_percent: share of "test", likewise; the rest is "train".
     """
-    percent = int.from_bytes(hashlib.sha256(relative_name.encode()).digest()[:8], "big") % 100
-    if percent < TEST_PERCENT:
+    number = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    percent = number % 100 + number // 100 % 1000 / 1000
+    if percent < test_percent:
         return "test"
-    return "val" if percent < TEST_PERCENT + VAL_PERCENT else "train"
+    return "val" if percent < test_percent + val_percent else "train"
 
 
 def distinct_by_split(found: Mapping[Split, Iterable[Item]]) -> dict[Split, list[Item]]:
