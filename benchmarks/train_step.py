@@ -44,7 +44,7 @@ def build_steps(options: argparse.Namespace) -> dict[str, Step]:
     batch, length = options.batch_size, options.length
     token_ids = torch.randint(2, options.vocab_size, (batch, length))
     point = LinearMasking()((torch.arange(batch) + 0.5) / batch)  # half of the tokens are masked, as on average
-    noisy_ids, is_masked = corrupt(token_ids, point.mask_prob, torch.rand(batch, length), 0)
+    noisy_ids, is_masked = corrupt(token_ids, point.mask_prob[:, None], torch.rand(batch, length), 0)
     weights = loss_weights(is_masked, point, "elbo")
     noisy_ids, token_ids = noisy_ids.to(options.device), token_ids.to(options.device)
 
@@ -62,7 +62,7 @@ def build_steps(options: argparse.Namespace) -> dict[str, Step]:
         return (nats * on_device).sum()
 
     return {
-        "chunked": step(lambda: demasker.weighted_loss(noisy_ids, token_ids, weights)),
+        "chunked": step(lambda: demasker.weighted_loss(noisy_ids, token_ids, weights)[0]),
         "full_logits": step(full_logits),
     }
 

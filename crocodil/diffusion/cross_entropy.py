@@ -11,7 +11,7 @@ CHUNK_ROWS = 512
 
 def weighted_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, bias: Tensor | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     r"""sum_i w_i (-log softmax(W h_i + b)[y_i]), without ever holding more than `CHUNK_ROWS` rows of logits.
 
     The gradients, w_i W^T (softmax - onehot) with respect to h_i and likewise those of a trainable W and b, are formed
@@ -26,7 +26,8 @@ def weighted_cross_entropy(
         bias: (V,) float or None.
 
     Returns:
-        A scalar, float32 or wider.
+        The sum, a scalar, and -log softmax(W h_i + b)[y_i] of each row, (N,), through which no gradient flows; both
+        float32 or wider.
     """
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -55,10 +56,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_weights: Tensor
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs = ctx.needs_input_grad[:3]
-        loss = hidden.new_zeros((), dtype=wide)
+        nats = hidden.new_empty(hidden.shape[0], dtype=wide)
         d_hidden, d_weight, d_bias = (
             torch.zeros_like(part, dtype=kept) if needed and part is not None else None
             for part, needed, kept in zip((hidden, weight, bias), needs, (hidden.dtype, wide, wide), strict=True)
@@ -69,7 +70,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             logits = _wide(F.linear(hidden[rows], weight, bias))
             logits -= logits.logsumexp(1, keepdim=True)
             chosen, weights = targets[rows, None], row_weights[rows, None].to(wide)
-            loss -= (logits.gather(1, chosen) * weights).sum()
+            nats[rows] = -logits.gather(1, chosen).squeeze(1)
             if not any(needs):
                 continue
             gradient = logits.exp_().scatter_add_(1, chosen, torch.full_like(weights, -1.0)).mul_(weights)
@@ -82,10 +83,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 d_bias += gradient.sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = [part if part is None else part.dtype for part in (hidden, weight, bias)]
-        return loss
+        ctx.mark_non_differentiable(nats)
+        return (nats * row_weights).sum(), nats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradients = [
             None if saved is None else (saved * grad_loss.to(saved.dtype)).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

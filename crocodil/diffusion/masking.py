@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crocodil.diffusion.documents import Documents
+
 LossWeight = Literal["elbo", "none"]
 
 
@@ -81,14 +83,14 @@ def corrupt(token_ids: Tensor, mask_prob: Tensor, uniform: Tensor, mask_token_id
 
     Args:
         token_ids: (B, L) int64, x_0.
-        mask_prob: (B,) float in [0, 1].
+        mask_prob: (B, 1 or L) float in [0, 1]; 0 at padding (`Documents.spread`).
         uniform: (B, L) float in (0, 1), the randomness.
         mask_token_id: id of the mask.
 
     Returns:
         x_t, (B, L) int64, and where it is masked, (B, L) bool.
     """
-    is_masked = uniform < mask_prob[:, None]
+    is_masked = uniform < mask_prob
     return token_ids.masked_fill(is_masked, mask_token_id), is_masked
 
 
@@ -105,24 +107,31 @@ def posterior(mask_prob_t: Tensor, mask_prob_s: Tensor) -> Tensor:
     return 1 - mask_prob_s / mask_prob_t
 
 
-def loss_weights(is_masked: Tensor, point: MaskingPoint, weight: LossWeight) -> Tensor:
+def loss_weights(
+    is_masked: Tensor, point: MaskingPoint, weight: LossWeight, documents: Documents | None = None
+) -> Tensor:
     """The weights (B, L) with which -log f(x_0 | x_t) is summed to the training loss of a demasker.
 
-    "elbo": E_t [ w_t sum over masked positions of -log f(x_0 | x_t) ] / L with w_t = -alpha'_t / (1 - alpha_t), an
-    upper bound on the negative log-likelihood per token (LLaDA eq. 3 for the linear schedule). "none": the mean
-    cross-entropy over masked positions (DiLaDiff), of lower variance.
+    "elbo": E_t [ sum over documents of w_t sum over masked positions of -log f(x_0 | x_t) ] / T with T tokens in all
+    documents of the batch, padding apart, and w_t = -alpha'_t / (1 - alpha_t) at a document's own time: an upper bound
+    on the negative log-likelihood per token (LLaDA eq. 3 for the linear schedule). "none": the mean cross-entropy over
+    masked positions (DiLaDiff), of lower variance.
 
     Args:
-        is_masked: (B, L) bool.
-        point: the masking schedule at the (B,) times of the rows.
+        is_masked: (B, L) bool, nowhere at padding.
+        point: the masking schedule at the (N,) times of the documents.
         weight: "elbo" or "none".
+        documents: of the batch; None where each row is one.
     """
+    documents = documents or Documents(*is_masked.shape)
     if weight == "elbo":
-        return is_masked * point.elbo_weight[:, None] / is_masked.numel()
+        return is_masked * documents.spread(point.elbo_weight) / documents.num_tokens
     return is_masked.float() / is_masked.sum().clamp(min=1)  # never in a half-precision default
 
 
-def masked_cross_entropy(nats: Tensor, is_masked: Tensor, point: MaskingPoint, weight: LossWeight) -> Tensor:
+def masked_cross_entropy(
+    nats: Tensor, is_masked: Tensor, point: MaskingPoint, weight: LossWeight, documents: Documents | None = None
+) -> Tensor:
     """The loss of a demasker from its cross-entropies (B, L): a scalar, in nats per token or per masked token.
 
     Args:
@@ -130,8 +139,9 @@ def masked_cross_entropy(nats: Tensor, is_masked: Tensor, point: MaskingPoint, w
         is_masked: see `loss_weights`.
         point: likewise.
         weight: likewise.
+        documents: likewise.
     """
-    return (nats * loss_weights(is_masked, point, weight)).sum()
+    return (nats * loss_weights(is_masked, point, weight, documents)).sum()
 
 
 def token_cross_entropy(logits: Tensor, token_ids: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 STREAM_TIME, STREAM_MASK, STREAM_LATENT_NOISE, STREAM_CHOICE = 100, 101, 102, 103
 """Streams of training and evaluation; samplers have their own below 100."""
 
@@ -88,6 +89,22 @@ class BatchNoise(RowNoise):
         moved = super().to(device)
         moved.rows, moved._first = self.rows.to(device, non_blocking=True), self._first.to(device)
         return moved
+
+    def of_documents(self, row: Tensor, number: Tensor) -> Self:
+        """The noise of documents, several in a row of this batch, that of a row's first document being the row's own.
+
+        Places in the batch tell the stratified times. A document stands (n - 1) golden sections of the batch behind its
+        row: the n-th documents of all rows are as evenly spread as rows are, and those of one row are far from each
+        other, whatever the number of rows.
+
+        Args:
+            row: (N,) int64, the row of each document, as an index of `rows`.
+            number: (N,) int64, n, which document of its row it is, from 1.
+        """
+        documents, before = copy(self), number - 1
+        documents.keys = self.keys[row] + before * _MIX_1
+        documents.rows = self.rows[row] + before.double() * _GOLDEN_SECTION % 1 * self.num_rows
+        return documents
 
     def shared(self, stream: int, step: int) -> Tensor:
         """One number for the whole batch, that of its first row: a float64 scalar, uniform on (0, 1)."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from crocodil.diffusion.documents import Documents
 from crocodil.diffusion.masking import corrupt
 from crocodil.diffusion.noise import STREAM_MASK, RowNoise
 from crocodil.models import Demasker
@@ -36,20 +37,30 @@ class MaskedPrediction(Metric):
         self.add_state("num_tokens", torch.zeros(len(ratios), dtype=torch.int64), dist_reduce_fx="sum")
 
     @torch.no_grad()
-    def update(self, demasker: Demasker, token_ids: Tensor, latents: Tensor | None, noise: RowNoise) -> None:
+    def update(
+        self,
+        demasker: Demasker,
+        token_ids: Tensor,
+        latents: Tensor | None,
+        noise: RowNoise,
+        documents: Documents | None = None,
+    ) -> None:
         """Asks the demasker about a batch.
 
         Args:
             demasker: the network to ask.
             token_ids: (B, L) int64, clean texts.
-            latents: (B, k, D) float, their registers; None asks without.
+            latents: (N, k, D) float, their registers; None asks without.
             noise: draws the masks.
+            documents: of the batch, on its device; None where each row is one.
         """
+        documents = documents or Documents(*token_ids.shape)
+        registers = None if latents is None else documents.to_rows(latents)
         uniform = noise.to(token_ids.device).uniform(STREAM_MASK, 2, token_ids.shape[1])
         for i, ratio in enumerate(self.ratios):
-            mask_prob = torch.full((token_ids.shape[0],), ratio, device=token_ids.device)
+            mask_prob = documents.spread(torch.full((len(documents),), ratio, device=token_ids.device))
             noisy_ids, is_masked = corrupt(token_ids, mask_prob, uniform, demasker.mask_token_id)
-            nats, hits = demasker.nats(noisy_ids, token_ids, is_masked, latents)
+            nats, hits = demasker.nats(noisy_ids, token_ids, is_masked, registers, **documents.attention)
             self.nats[i] += nats.double().sum()
             self.squares[i] += nats.double().square().sum()
             self.hits[i] += hits.sum()

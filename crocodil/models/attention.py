@@ -12,6 +12,7 @@ from transformers.modeling_utils import AttentionInterface
 from crocodil.models.key_values import KeyValues
 
 REGISTER_ATTENTION = "crocodil_registers"
+_TAKE_ADDITIVE_MASKS = (REGISTER_ATTENTION, "sdpa", "eager")
 
 
 def register_attention(
@@ -40,7 +41,8 @@ def register_attention(
             (B, heads, M, head_dim), of text positions only.
         key: (B, key heads, K + L or M, head_dim), likewise.
         value: (B, key heads, K + L or M, head_dim).
-        attention_mask: (B, 1, 1 or K + L, K + L) bool or float as transformers prepares it, or None.
+        attention_mask: (B, 1, 1 or K + L, K + L) bool or float as transformers prepares it, or None. In packed rows K
+            counts the registers of all documents, and the mask keeps apart what is not of one document.
         dropout: probability that an attention weight is dropped.
         scaling: of the scores; None for 1 / sqrt(head_dim).
         num_registers: K.
@@ -83,6 +85,39 @@ def register_attention(
 
 AttentionInterface.register(REGISTER_ATTENTION, register_attention)
 AttentionMaskInterface.register(REGISTER_ATTENTION, sdpa_mask)
+
+
+def network_mask(network: PreTrainedModel, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What to tell a network about which position sees which, prepared once for all its layers.
+
+    Args:
+        network: a decoder or encoder without its head.
+        visible: (B, 1, 1 or Q, S) bool, see `visible_keys`; None where all see all.
+        dtype: of the embeddings; under autocast, attention computes in autocast's.
+
+    Raises:
+        ValueError: if rows are packed and the network's attention takes no mask of its own for each position.
+    """
+    if visible is None:
+        return None
+    config, device_type = network.config, visible.device.type
+    is_local = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if config._attn_implementation in _TAKE_ADDITIVE_MASKS and not is_local:
+        autocast = torch.is_autocast_enabled(device_type)
+        return additive_mask(visible, torch.get_autocast_dtype(device_type) if autocast else dtype)
+    if visible.shape[2] > 1:
+        raise ValueError(
+            f"packed rows need full attention by one of {', '.join(_TAKE_ADDITIVE_MASKS)}, got a network of "
+            f"{config._attn_implementation} with {', '.join(sorted(is_local)) or 'full_attention'} layers; use padded "
+            "rows"
+        )
+    return visible[:, 0, 0]
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores: 0 where it may look, else the lowest number, so that no row becomes NaN."""
+    zeros = torch.zeros((), dtype=dtype, device=visible.device)
+    return torch.where(visible, zeros, torch.finfo(dtype).min)
 
 
 def add_register_gates(network: PreTrainedModel) -> list[nn.Parameter]:

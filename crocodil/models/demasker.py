@@ -9,11 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from crocodil.diffusion.cross_entropy import chunked_nats, weighted_cross_entropy
-from crocodil.models.attention import REGISTER_ATTENTION, add_register_gates
+from crocodil.models.attention import REGISTER_ATTENTION, add_register_gates, network_mask
 from crocodil.models.backbone import FAMILIES, network_config
 from crocodil.models.folders import is_own, load_network, save_network
-from crocodil.models.key_values import KeyValues, additive_mask
-from crocodil.models.positions import add_register_axis, join_masks, positions_with_registers, text_positions
+from crocodil.models.key_values import KeyValues
+from crocodil.models.positions import (
+    add_register_axis,
+    document_positions,
+    positions_with_registers,
+    text_positions,
+    visible_keys,
+)
 from crocodil.models.pretrained import Checkpoint, Pretrained, build_empty, load_weights
 
 
@@ -22,6 +28,9 @@ class Demasker(nn.Module):
 
     The K registers of `latents` are projected to the width of the network and stand before the text, on a rotary
     axis of their own (`TwoAxisRotary`). Without latents the network is the plain masked-diffusion model.
+
+    A row may hold several documents, each with K registers of its own. What a document is told is then exactly what it
+    would be told in a row of its own: it sees neither the others nor their registers, and its positions begin at 0.
 
     Args:
         network: settings of a transformers decoder (`model_type`, `hidden_size`, ..., `vocab_size`), or a decoder.
@@ -109,6 +118,7 @@ class Demasker(nn.Module):
         latents: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        num_documents: int = 1,
         latent_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KeyValues | None = None,
@@ -118,10 +128,13 @@ class Demasker(nn.Module):
 
         Args:
             token_ids: (B, L) int64, partly masked text x_t.
-            latents: (B, K, D) float, standardised registers z; None for the plain model.
-            attention_mask: (B, L), 1 where a token may be attended to; None where nothing is padded.
-            latent_mask: (B, K), 1 where a register may be attended to; None for all. A row of zeros is the row
-                without latents.
+            latents: (B, K, D) float, standardised registers z; in packed rows (B, S, K, D); None for the plain model.
+            attention_mask: (B, L), 1 where a token may be attended to; None where nothing is padded. In packed rows
+                int64: n at the tokens of the n-th document, which attend to one another alone, and 0 at padding.
+            num_documents: S, documents in a row at most; above 1 rows are packed. Those that a row does not have are
+                the last ones, and whatever latents stand in their places have no influence.
+            latent_mask: (B, K) or (B, S, K), 1 where a register may be attended to; None for all. A row of zeros is
+                the row, or the document, without latents.
             positions: (B, M) int64, the text positions whose logits are wanted; None for all L.
             cache: keys and values of all layers, which this call fills, or completes if a window is given.
             window: (B, S) int64, neighbouring text positions, the only ones that are computed; `positions` must lie
@@ -131,9 +144,10 @@ class Demasker(nn.Module):
             (B, L, V) float logits, or (B, M, V) at `positions`.
 
         Raises:
-            ValueError: if the text is longer than the network allows or the latents do not fit it.
+            ValueError: if the text is longer than the network allows, the latents do not fit it, or rows are packed
+                where that is not possible.
         """
-        states = self._states(token_ids, latents, attention_mask, latent_mask, cache, window)
+        states = self._states(token_ids, latents, attention_mask, num_documents, latent_mask, cache, window)
         if positions is not None:
             positions = positions if window is None else positions - window[:, :1]
             states = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
@@ -146,7 +160,9 @@ class Demasker(nn.Module):
         weights: Tensor,
         latents: Tensor | None = None,
         latent_mask: Tensor | None = None,
-    ) -> Tensor:
+        attention_mask: Tensor | None = None,
+        num_documents: int = 1,
+    ) -> tuple[Tensor, Tensor]:
         """sum_i w_i (-log f(x_0^i | x_t, z)), with logits at positions of nonzero weight only, some rows at a time.
 
         Args:
@@ -155,23 +171,33 @@ class Demasker(nn.Module):
             weights: (B, L) float32, zero where nothing is masked (`loss_weights`). On the CPU it costs a GPU no wait.
             latents: see `forward`.
             latent_mask: see `forward`.
+            attention_mask: see `forward`.
+            num_documents: see `forward`.
 
         Returns:
-            A scalar.
+            The sum, a scalar; and -log f(x_0^i | x_t, z) where the weight is not zero, and zero elsewhere, (B, L),
+            through which no gradient flows.
         """
-        states = self._states(noisy_ids, latents, None, latent_mask)
+        states = self._states(noisy_ids, latents, attention_mask, num_documents, latent_mask)
         device = states.device
         rows = weights.flatten().nonzero().squeeze(1)
         row_weights = weights.flatten()[rows].to(device, non_blocking=True)
         rows = rows.to(device, non_blocking=True)
         head = self.network.get_output_embeddings()
-        return weighted_cross_entropy(
+        loss, nats = weighted_cross_entropy(
             states.flatten(0, 1)[rows], head.weight, token_ids.flatten()[rows], row_weights, head.bias
         )
+        return loss, nats.new_zeros(token_ids.numel()).index_copy(0, rows, nats).view(token_ids.shape)
 
     @torch.no_grad()
     def nats(
-        self, noisy_ids: Tensor, token_ids: Tensor, is_masked: Tensor, latents: Tensor | None = None
+        self,
+        noisy_ids: Tensor,
+        token_ids: Tensor,
+        is_masked: Tensor,
+        latents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        num_documents: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """-log f(x_0^i | x_t, z) at masked positions and zero elsewhere, (B, L), and where x_0 is the first choice.
 
@@ -180,8 +206,10 @@ class Demasker(nn.Module):
             token_ids: (B, L) int64, x_0.
             is_masked: (B, L) bool.
             latents: see `forward`.
+            attention_mask: see `forward`.
+            num_documents: see `forward`.
         """
-        states = self._states(noisy_ids, latents)
+        states = self._states(noisy_ids, latents, attention_mask, num_documents)
         rows = is_masked.flatten().nonzero().squeeze(1).to(states.device)
         head = self.network.get_output_embeddings()
         nats, hits = chunked_nats(states.flatten(0, 1)[rows], head.weight, token_ids.flatten()[rows], head.bias)
@@ -196,6 +224,7 @@ class Demasker(nn.Module):
         token_ids: Tensor,
         latents: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        num_documents: int = 1,
         latent_mask: Tensor | None = None,
         cache: KeyValues | None = None,
         window: Tensor | None = None,
@@ -204,28 +233,29 @@ class Demasker(nn.Module):
         batch, length = token_ids.shape
         if length > self.max_length:
             raise ValueError(f"the demasker reads at most {self.max_length} tokens, got {length}")
+        if num_documents > 1 and cache is not None:
+            raise ValueError(f"a cache keeps one document a row, got num_documents={num_documents}")
         shift = self.conventions.shift_logits  # position i is told at i - 1; the first keeps its own
-        unpadded = attention_mask if self.conventions.skip_padding else None
-        position_ids = text_positions(length, token_ids.device, unpadded)
-        num_registers = 0 if latents is None else latents.shape[1]
+        position_ids = self._text_positions(token_ids, attention_mask, num_documents)
+        registers = None if latents is None else self._registers(latents, num_documents)
+        num_registers = 0 if registers is None else registers.shape[1]
         if window is not None:
             assert cache is not None and cache.is_filled, "a window needs a filled cache"
             shown = torch.cat([(window[:, :1] - 1).clamp(min=0), window], dim=1) if shift else window
             token_ids, position_ids = token_ids.gather(1, shown), position_ids.expand(batch, -1).gather(1, shown)
         else:
-            position_ids = positions_with_registers(num_registers, position_ids)
+            position_ids = positions_with_registers(num_registers // num_documents, position_ids, num_documents)
         if cache is not None:
             self._require_own_attention("a cache")
             cache.places = None if window is None else shown + num_registers
         embeddings = self.network.get_input_embeddings()(token_ids)
-        if latents is not None and window is None:
-            embeddings = torch.cat([self._registers(latents).to(embeddings.dtype), embeddings], dim=1)
-        latent_mask = None if latent_mask is None else latent_mask.flip(1)
-        keys = join_masks(latent_mask, attention_mask, batch, (num_registers, length))
-        own = self.decoder.config._attn_implementation == REGISTER_ATTENTION
+        if registers is not None and window is None:
+            embeddings = torch.cat([registers.to(embeddings.dtype), embeddings], dim=1)
+        seen = None if latent_mask is None else latent_mask.bool().flip(-1).flatten(1)
+        visible = visible_keys(attention_mask, (batch, length), num_registers // num_documents, num_documents, seen)
         states = self.decoder(
             inputs_embeds=embeddings,
-            attention_mask=additive_mask(keys, embeddings.dtype) if own else keys,
+            attention_mask=network_mask(self.decoder, visible, embeddings.dtype),
             position_ids=position_ids,
             use_cache=False,
             num_registers=num_registers,
@@ -235,25 +265,38 @@ class Demasker(nn.Module):
         if window is not None:
             return states[:, :-1] if shift else states
         states = states[:, num_registers:]
-        return torch.cat([states[:, :1], states[:, :-1]], dim=1) if shift else states
+        if not shift:
+            return states
+        told = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        if num_documents == 1 or attention_mask is None:
+            return told
+        return torch.where(document_positions(attention_mask)[..., None] == 0, states, told)
+
+    def _text_positions(self, token_ids: Tensor, attention_mask: Tensor | None, num_documents: int) -> Tensor:
+        if num_documents > 1 and attention_mask is not None:
+            return document_positions(attention_mask)
+        unpadded = attention_mask if self.conventions.skip_padding else None
+        return text_positions(token_ids.shape[1], token_ids.device, unpadded)
 
     def _require_own_attention(self, what: str) -> None:
         if (given := self.decoder.config._attn_implementation) != REGISTER_ATTENTION:
             raise ValueError(f"{what} needs the default attn_implementation ({REGISTER_ATTENTION}), got {given}")
 
-    def _registers(self, latents: Tensor) -> Tensor:
-        """Latents (B, K, D) as embeddings (B, K, H), the last register first.
+    def _registers(self, latents: Tensor, num_documents: int) -> Tensor:
+        """Latents (B, K, D) or (B, S, K, D) as embeddings (B, S K, H), the last register of each document first.
 
         Latents are standardised, so what all texts have in common in a register, its identity, is not in them: a
         learned embedding for each register gives it back.
         """
         if self.register_proj is None or self.num_registers is None:
             raise ValueError("this demasker was built without latents (latent_dim=None), but latents were given")
-        shape = tuple(latents.shape)
-        if len(shape) != 3 or shape[2] != self.latent_dim or not 1 <= shape[1] <= self.num_registers:
-            raise ValueError(f"latents must be (B, 1 to {self.num_registers}, {self.latent_dim}), got {shape}")
+        shape, documents = tuple(latents.shape), () if num_documents == 1 else (num_documents,)
+        fits = shape[1:-2] == documents and shape[-1] == self.latent_dim and 1 <= shape[-2] <= self.num_registers
+        if len(shape) != 3 + len(documents) or not fits:
+            expected = ", ".join(map(str, ("B", *documents, f"1 to {self.num_registers}", self.latent_dim)))
+            raise ValueError(f"latents must be ({expected}), got {shape}")
         projected = self.register_proj(latents.to(self.register_proj.weight.dtype))
-        return (projected + self.register_embedding[: shape[1]]).flip(1)
+        return (projected + self.register_embedding[: shape[-2]]).flip(-2).flatten(1, -2)
 
     def with_latents(
         self,

@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
+from crocodil.models.attention import network_mask
 from crocodil.models.backbone import FAMILIES, network_config
 from crocodil.models.folders import is_own, load_network, save_network
-from crocodil.models.positions import add_register_axis, join_masks, positions_with_registers, text_positions
+from crocodil.models.positions import (
+    add_register_axis,
+    document_positions,
+    positions_with_registers,
+    text_positions,
+    visible_keys,
+)
 from crocodil.models.pretrained import Checkpoint, Pretrained, build_empty, load_weights
 from crocodil.ranks import mean_over_ranks
 
@@ -97,31 +104,76 @@ class RegisterEncoder(nn.Module):
                 self.register_buffer(name, value.to(moved.device))
         return self
 
-    def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Standardised latents (B, K, D) of texts (B, L) int64; `attention_mask` (B, L) is 1 at real tokens."""
-        return self.standardize(self.encode(token_ids, attention_mask))
+    def forward(self, token_ids: Tensor, attention_mask: Tensor | None = None, num_documents: int = 1) -> Tensor:
+        """Standardised latents (B, K, D) of texts, or (B, S, K, D) in packed rows; see `encode`."""
+        return self.standardize(self.encode(token_ids, attention_mask, num_documents))
 
-    def encode(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Latents (B, K, D) before standardisation."""
+    def encode(self, token_ids: Tensor, attention_mask: Tensor | None = None, num_documents: int = 1) -> Tensor:
+        """Latents before standardisation.
+
+        Args:
+            token_ids: (B, L) int64, texts.
+            attention_mask: (B, L), 1 at real tokens and 0 at padding; None where nothing is padded. In packed rows
+                int64, n at the tokens of the n-th document, whose registers read nothing else.
+            num_documents: S, documents in a row at most; above 1 rows are packed.
+
+        Returns:
+            (B, K, D) float32, or (B, S, K, D) in packed rows, where what stands in the places of documents that a row
+            does not have tells nothing.
+
+        Raises:
+            ValueError: if rows are packed, but the encoder has a tokenizer of its own or no rotary positions.
+        """
         if self.translate is not None and not token_ids.is_meta:  # on the meta device shapes are all that counts
+            if num_documents > 1:
+                raise ValueError("an encoder with a tokenizer of its own reads one document a row; use padded rows")
             token_ids, attention_mask = self.translate(token_ids)
-        batch, length = token_ids.shape
         text = self.network.get_input_embeddings()(token_ids)
-        registers = self.registers.flip(0).to(text.dtype).expand(batch, -1, -1)
+        registers = self.registers.flip(0).to(text.dtype).repeat(num_documents, 1).expand(len(text), -1, -1)
         # On the register axis order is told by position alone, so the suffix may stand first (positions stay
         # consecutive); a network with learned positions reads it where the paper puts it, behind the text.
         if self.has_register_axis:
-            states = self.network(
-                inputs_embeds=torch.cat([registers, text], dim=1),
-                attention_mask=join_masks(None, attention_mask, batch, (self.num_registers, length)),
-                position_ids=positions_with_registers(self.num_registers, text_positions(length, token_ids.device)),
-            ).last_hidden_state[:, : self.num_registers]
+            states = self._read_prefix(registers, text, attention_mask, num_documents)
+        elif num_documents == 1:
+            states = self._read_suffix(registers, text, attention_mask)
         else:
-            states = self.network(
-                inputs_embeds=torch.cat([text, registers], dim=1),
-                attention_mask=join_masks(attention_mask, None, batch, (length, self.num_registers)),
-            ).last_hidden_state[:, length:]
-        return F.layer_norm(self.out_proj(states.flip(1).to(self.out_proj.weight.dtype)).float(), (self.latent_dim,))
+            kind = self.network.config.model_type
+            raise ValueError(f"a {kind} encoder has no rotary positions and reads one document a row; use padded rows")
+        states = states.unflatten(1, (num_documents, -1)).flip(2).to(self.out_proj.weight.dtype)
+        latents = F.layer_norm(self.out_proj(states).float(), (self.latent_dim,))
+        return latents if num_documents > 1 else latents.squeeze(1)
+
+    def _read_prefix(
+        self, registers: Tensor, text: Tensor, attention_mask: Tensor | None, num_documents: int
+    ) -> Tensor:
+        """States (B, S K, H) of registers (B, S K, H) that stand before the text (B, L, H)."""
+        batch, length, _ = text.shape
+        if num_documents > 1 and attention_mask is not None:
+            positions = document_positions(attention_mask)
+        else:
+            positions = text_positions(length, text.device)
+        visible = visible_keys(attention_mask, (batch, length), self.num_registers, num_documents)
+        return self.network(
+            inputs_embeds=torch.cat([registers, text], dim=1),
+            attention_mask=network_mask(self.network, visible, text.dtype),
+            position_ids=positions_with_registers(self.num_registers, positions, num_documents),
+        ).last_hidden_state[:, : registers.shape[1]]
+
+    def _read_suffix(self, registers: Tensor, text: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """States (B, K, H) of registers (B, K, H) behind the last real token of each text (B, L, H)."""
+        sequence = torch.cat([text, registers], dim=1)
+        length, size = text.shape[1], registers.shape[1]
+        if attention_mask is None:
+            return self.network(inputs_embeds=sequence).last_hidden_state[:, length:]
+        places = torch.arange(length + size, device=text.device)
+        end = (attention_mask.bool() * (places[:length] + 1)).amax(1, keepdim=True)
+        behind = places - end
+        order = torch.where(behind < 0, places, torch.where(behind < size, length + behind, places - size))
+        keys = F.pad(attention_mask.bool(), (0, size), value=True)
+        states = self.network(
+            inputs_embeds=sequence.take_along_dim(order[..., None], 1), attention_mask=keys.gather(1, order)
+        ).last_hidden_state
+        return states.take_along_dim((end + places[:size])[..., None], 1)
 
     def standardize(self, latents: Tensor) -> Tensor:
         """(z - latent_mean) / latent_std, coordinate by coordinate; latents are (B, K, D)."""
@@ -136,15 +188,17 @@ class RegisterEncoder(nn.Module):
         """Moves `latent_mean` and `latent_std` towards those of a batch of unstandardised latents (B, K, D).
 
         The second moment is averaged, not the deviation, so that the spread between batches counts too. Of a batch
-        that is spread over processes, all rows count.
+        that is spread over processes, all documents count alike, however many each process has.
 
         Args:
-            latents: what `encode` returned.
+            latents: (N, K, D), what `encode` returned.
             weight: share of the batch in the new statistics, in (0, 1]; 1 replaces them.
         """
         # In float64: where the spread is small beside the mean, the difference of the moments is mostly cancelled.
         latents = latents.detach().double()
-        batch_mean, batch_square = mean_over_ranks(torch.stack([latents.mean(0), latents.square().mean(0)]))
+        count = torch.full_like(self.latent_mean, len(latents), dtype=torch.float64)
+        sums = mean_over_ranks(torch.stack([latents.sum(0), latents.square().sum(0), count]))
+        batch_mean, batch_square = sums[:2] / sums[2]
         mean, square = self.latent_mean.double(), self.latent_std.double() ** 2 + self.latent_mean.double() ** 2
         mean.lerp_(batch_mean, weight)
         square.lerp_(batch_square, weight)

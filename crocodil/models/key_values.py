@@ -1,6 +1,5 @@
 """Keys and values of attention, kept between calls of a network."""
 
-import torch
 from torch import Tensor
 
 
@@ -39,11 +38,3 @@ class KeyValues:
         index = self.places[:, None, :, None].expand_as(key)
         keys, values = self._layers[layer]
         return keys.scatter_(2, index, key), values.scatter_(2, index, value)
-
-
-def additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A key mask (B, S), 1 = attend, as what attention adds to its scores, (B, 1, 1, S), once for all layers."""
-    if mask is None:
-        return None
-    zeros = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask.bool(), zeros, torch.finfo(dtype).min)[:, None, None]

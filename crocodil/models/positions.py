@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 
@@ -56,10 +57,10 @@ class TwoAxisRotary(nn.Module):
         return torch.where(is_register_band, cos, cos_text), torch.where(is_register_band, sin, sin_text)
 
 
-def positions_with_registers(num_registers: int, text_positions: Tensor) -> Tensor:
-    """Positions (B, K + L) int64 of K registers, last one first, followed by the text's own (B, L)."""
-    registers = torch.arange(-num_registers, 0, device=text_positions.device).expand(text_positions.shape[0], -1)
-    return torch.cat([registers, text_positions], dim=1)
+def positions_with_registers(num_registers: int, text_positions: Tensor, num_documents: int = 1) -> Tensor:
+    """Positions (B, S K + L) int64 of S times K registers, last one first, followed by the text's own (B, L)."""
+    registers = torch.arange(-num_registers, 0, device=text_positions.device).repeat(num_documents)
+    return torch.cat([registers.expand(text_positions.shape[0], -1), text_positions], dim=1)
 
 
 def text_positions(length: int, device: torch.device, unpadded: Tensor | None = None) -> Tensor:
@@ -74,6 +75,50 @@ def text_positions(length: int, device: torch.device, unpadded: Tensor | None = 
     if unpadded is None:
         return torch.arange(length, device=device)[None]
     return (unpadded.long().cumsum(1) - 1).clamp(min=0)
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Positions (B, L) int64 of packed texts, from 0 in each document; `document_ids` (B, L) tells which is where."""
+    places = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return places - (places * begins).cummax(1).values
+
+
+def visible_keys(
+    attention_mask: Tensor | None,
+    shape: tuple[int, int],
+    num_registers: int,
+    num_documents: int = 1,
+    register_mask: Tensor | None = None,
+) -> Tensor | None:
+    """Which positions see which, of the registers of all documents of a row, followed by its text.
+
+    With one document a row, all see the same keys. In a packed row registers and text of a document see one another
+    and nothing else, which takes a mask as large as the attention itself: SDPA then leaves its flash kernels.
+
+    Args:
+        attention_mask: (B, L): 0 at padding, elsewhere 1, or in packed rows n at the n-th document; None for all 1.
+        shape: (B, L) of the text.
+        num_registers: K of each document.
+        num_documents: S, documents in a row at most.
+        register_mask: (B, S K) bool, which registers may be seen, in the order in which they stand; None for all.
+
+    Returns:
+        (B, 1, 1 or S K + L, S K + L) bool, or None where nothing is hidden, so that fast kernels apply.
+    """
+    if num_documents == 1:
+        keys = join_masks(register_mask, attention_mask, shape[0], (num_registers, shape[1]))
+        return None if keys is None else keys[:, None, None]
+    if attention_mask is None:
+        raise ValueError(
+            f"with {num_documents} documents in a row attention_mask must tell which is where, but it is None"
+        )
+    owner = torch.arange(1, num_documents + 1, device=attention_mask.device).repeat_interleave(num_registers)
+    owner = owner.expand(shape[0], -1)
+    seen_as = owner if register_mask is None else owner.where(register_mask, -1)
+    queries = torch.cat([owner, attention_mask], dim=1)
+    keys = torch.cat([seen_as, attention_mask], dim=1)
+    return (queries[:, :, None] == keys[:, None])[:, None]
 
 
 def join_masks(first: Tensor | None, second: Tensor | None, batch: int, sizes: tuple[int, int]) -> Tensor | None:

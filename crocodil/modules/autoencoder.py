@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from crocodil.data.codec import TextCodec
 from crocodil.data.retokenizer import Retokenizer
 from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.documents import Documents
 from crocodil.diffusion.gaussian import disturb
 from crocodil.diffusion.masking import (
     LinearMasking,
@@ -151,42 +152,61 @@ class AutoencoderModule(CrocodilModule):
         """Demasker and encoder: algorithm `masked`, and reconstruction."""
         return CrocodilPipeline(self.demasker, codec, self.encoder)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The masked-diffusion loss under disturbed latents."""
-        token_ids, noise = batch["token_ids"], self.training_noise(batch)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The masked-diffusion loss under disturbed latents.
+
+        Returns:
+            What `masked_diffusion_loss` returns; and for each document, without gradient, `latents` (N, K, D),
+            standardised, and `disturbed` (N, K, D), as the demasker is given them.
+        """
+        token_ids, noise, documents = batch["token_ids"], self.training_noise(batch), Documents.of(batch)
         on_device = noise.to(token_ids.device)
-        raw = self.encoder.encode(self._encoder_input(token_ids, on_device))
+        source = self._encoder_input(token_ids, documents, on_device)
+        raw = documents.from_rows(self.encoder.encode(source, **documents.attention))
         warm_up = 1.0 / (1 + self.global_step)  # a plain average first, a moving one later
         self.encoder.update_statistics(raw, max(self.statistics_weight, warm_up))
         ramp = min(1.0, self.global_step / max(1, self.regularisation.noise_warmup_steps))
-        latents, latent_mask = disturb_latents(self.encoder.standardize(raw), on_device, self.regularisation, ramp)
-        loss = masked_diffusion_loss(
-            self.demasker, token_ids, noise, self.masking, self.loss_weight, latents, latent_mask
+        latents = self.encoder.standardize(raw)
+        own = documents.noise(on_device)
+        disturbed, latent_mask = disturb_latents(latents, own, self.regularisation, ramp)
+        step = masked_diffusion_loss(
+            self.demasker, token_ids, noise, self.masking, self.loss_weight, disturbed, latent_mask, documents
         )
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        self.log("train_loss", step["loss"], prog_bar=True, sync_dist=True)
+        return step | {"latents": latents.detach(), "disturbed": disturbed.detach()}
 
-    def _encoder_input(self, token_ids: Tensor, noise: RowNoise) -> Tensor:
+    def _encoder_input(self, token_ids: Tensor, documents: Documents, noise: BatchNoise) -> Tensor:
         share = self.regularisation.input_masking
         if not share:
             return token_ids
-        chosen, ratio = noise.uniform(STREAM_CHOICE, 1, 2).unbind(1)
+        chosen, ratio = documents.noise(noise).uniform(STREAM_CHOICE, 1, 2).unbind(1)
         uniform = noise.uniform(STREAM_MASK, 1, token_ids.shape[1])
-        return corrupt(token_ids, ratio * (chosen < share), uniform, self.demasker.mask_token_id)[0]
+        mask_prob = documents.spread(ratio * (chosen < share))
+        return corrupt(token_ids, mask_prob, uniform, self.demasker.mask_token_id)[0]
+
+    def encode(self, token_ids: Tensor, documents: Documents) -> Tensor:
+        """Standardised latents (N, K, D) of the documents of a batch."""
+        return documents.from_rows(self.encoder(token_ids, **documents.attention))
 
     def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Negative ELBOs in nats per token: `loss` under disturbed latents, `loss_clean`, `loss_no_latents`."""
-        token_ids = batch["token_ids"]
-        latents = self.encoder(token_ids)
-        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
-        fresh = noise.to(token_ids.device).normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
+        token_ids, documents = batch["token_ids"], Documents.of(batch)
+        latents = self.encode(token_ids, documents)
+        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id, documents)
+        own = documents.noise(noise.to(token_ids.device))
+        fresh = own.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
         disturbed = disturb(latents, fresh, self.regularisation.noise_std)
-        return {
-            name: masked_cross_entropy(
-                self.demasker.nats(noisy_ids, token_ids, is_masked, z)[0].to(is_masked.device), is_masked, point, "elbo"
-            )
-            for name, z in {"loss": disturbed, "loss_clean": latents, "loss_no_latents": None}.items()
-        }
+
+        def figure(seen: Tensor | None) -> Tensor:
+            rows = None if seen is None else documents.to_rows(seen)
+            nats, _ = self.demasker.nats(noisy_ids, token_ids, is_masked, rows, **documents.attention)
+            return masked_cross_entropy(nats.to(is_masked.device), is_masked, point, "elbo", documents.host)
+
+        return {"loss": figure(disturbed), "loss_clean": figure(latents), "loss_no_latents": figure(None)}
+
+    def num_items(self, batch: Batch) -> int:
+        """Tokens, padding apart."""
+        return Documents.of(batch).num_tokens
 
     def on_test_start(self) -> None:
         """Fresh figures for `test_step`."""
@@ -196,8 +216,9 @@ class AutoencoderModule(CrocodilModule):
         """Beside the figures of validation, the cross-entropy against the mask ratio, with and without latents."""
         super().test_step(batch, batch_idx)
         token_ids, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
-        for metric, latents in zip(self.masked.values(), (self.encoder(token_ids), None), strict=True):
-            metric.update(self.demasker, token_ids, latents, noise)
+        documents = Documents.of(batch)
+        for metric, latents in zip(self.masked.values(), (self.encode(token_ids, documents), None), strict=True):
+            metric.update(self.demasker, token_ids, latents, noise, documents)
 
     def on_test_epoch_end(self) -> None:
         """Logs the cross-entropies as `test_masked_loss_RATIO`, over all masked tokens of all processes."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.documents import Documents
 from crocodil.diffusion.masking import (
     LinearMasking,
     LossWeight,
@@ -95,29 +96,35 @@ class DemaskerModule(CrocodilModule):
         """The plain model: algorithm `masked`."""
         return CrocodilPipeline(self.demasker, codec)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The masked-diffusion loss of a batch."""
-        noise = self.training_noise(batch)
-        loss = masked_diffusion_loss(self.demasker, batch["token_ids"], noise, self.masking, self.loss_weight)
-        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The masked-diffusion loss of a batch; see `masked_diffusion_loss`."""
+        noise, documents = self.training_noise(batch), Documents.of(batch)
+        step = masked_diffusion_loss(
+            self.demasker, batch["token_ids"], noise, self.masking, self.loss_weight, documents=documents
+        )
+        self.log("train_loss", step["loss"], prog_bar=True, sync_dist=True)
+        return step
 
     def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """`loss`: the negative ELBO in nats per token; `masked_loss`, `accuracy`: plain means at masked positions."""
-        token_ids = batch["token_ids"]
-        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id)
-        nats, hits = self.demasker.nats(noisy_ids, token_ids, is_masked)
+        token_ids, documents = batch["token_ids"], Documents.of(batch)
+        noisy_ids, is_masked, point = draw_masks(token_ids, noise, self.masking, self.demasker.mask_token_id, documents)
+        nats, hits = self.demasker.nats(noisy_ids, token_ids, is_masked, **documents.attention)
         nats = nats.to(is_masked.device)
         return {
-            "loss": masked_cross_entropy(nats, is_masked, point, "elbo"),
+            "loss": masked_cross_entropy(nats, is_masked, point, "elbo", documents.host),
             "masked_loss": masked_cross_entropy(nats, is_masked, point, "none"),
             "accuracy": hits.sum().to(is_masked.device) / is_masked.sum().clamp(min=1),
         }
 
+    def num_items(self, batch: Batch) -> int:
+        """Tokens, padding apart."""
+        return Documents.of(batch).num_tokens
+
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Infilling: every other token of a held-out text, on average, is masked and written again."""
         source, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
-        half = torch.full((source.shape[0],), 0.5, device=source.device)
+        half = torch.full((source.shape[0], 1), 0.5, device=source.device)
         noise = noise.to(source.device)
         uniform = noise.uniform(STREAM_MASK, 0, source.shape[1])
         canvas, is_masked = corrupt(source, half, uniform, self.demasker.mask_token_id)
@@ -127,22 +134,32 @@ class DemaskerModule(CrocodilModule):
 
 
 def draw_masks(
-    token_ids: Tensor, noise: BatchNoise, masking: MaskingSchedule, mask_token_id: int
+    token_ids: Tensor,
+    noise: BatchNoise,
+    masking: MaskingSchedule,
+    mask_token_id: int,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor, MaskingPoint]:
-    """x_t of a batch at stratified times.
+    """x_t of a batch, each document at a time of its own, as if all stood in rows of their own.
+
+    One time for a whole row would give the same loss on average, but the documents of a row would be noisy or clean
+    together, and a batch would hold fewer different times. Times are stratified (`stratified_times`).
 
     Args:
         token_ids: (B, L) int64, x_0.
         noise: of the batch; on the CPU, so is what it decides.
         masking: noise schedule.
         mask_token_id: id of the mask.
+        documents: of the batch; None where each row is one.
 
     Returns:
-        x_t, (B, L) int64 beside `token_ids`; and beside the noise, where it is masked, (B, L) bool, and the schedule
-        at the rows' times, (B,).
+        x_t, (B, L) int64 beside `token_ids`; and beside the noise, where it is masked, (B, L) bool, nowhere at padding,
+        and the schedule at the documents' times, (N,).
     """
-    point = masking(stratified_times(noise.shared(STREAM_TIME, 0), noise.rows, noise.num_rows))
-    is_masked = noise.uniform(STREAM_MASK, 0, token_ids.shape[1]) < point.mask_prob[:, None]
+    documents = Documents(*token_ids.shape) if documents is None else documents.host
+    own = documents.noise(noise)
+    point = masking(stratified_times(noise.shared(STREAM_TIME, 0), own.rows, own.num_rows))
+    is_masked = noise.uniform(STREAM_MASK, 0, token_ids.shape[1]) < documents.spread(point.mask_prob)
     return token_ids.masked_fill(is_masked.to(token_ids.device, non_blocking=True), mask_token_id), is_masked, point
 
 
@@ -154,8 +171,9 @@ def masked_diffusion_loss(
     loss_weight: LossWeight,
     latents: Tensor | None = None,
     latent_mask: Tensor | None = None,
-) -> Tensor:
-    """The training loss of a batch (`loss_weights`), under latents if there are any; a scalar.
+    documents: Documents | None = None,
+) -> dict[str, Tensor]:
+    """The training loss of a batch (`loss_weights`), under latents if there are any, and what it is made of.
 
     Args:
         demasker: f_theta.
@@ -163,13 +181,33 @@ def masked_diffusion_loss(
         noise: of the batch.
         masking: noise schedule.
         loss_weight: "elbo" or "none".
-        latents: (B, K, D) float, as the demasker is to see them.
-        latent_mask: (B, K) bool, which of them.
+        latents: (N, K, D) float, as the demasker is to see them.
+        latent_mask: (N, K) bool, which of them.
+        documents: of the batch, on its device; None where each row is one.
+
+    Returns:
+        `loss`, a scalar: as part of all processes, a mean over the tokens, or masked tokens, of all of them. And for
+        each document, without gradient: beside the noise `mask_prob` (N,), at which its tokens were masked, and
+        `num_masked` (N,) int64, how many were; beside the loss `masked_nats` (N,), the sum of -log f over these.
     """
-    noisy_ids, is_masked, point = draw_masks(token_ids, noise, masking, demasker.mask_token_id)
-    weights = loss_weights(is_masked, point, loss_weight)
-    loss = demasker.weighted_loss(noisy_ids, token_ids, weights, latents, latent_mask)
-    return loss if loss_weight == "elbo" else as_part_of_all(loss, is_masked.sum())
+    documents = Documents(*token_ids.shape) if documents is None else documents
+    noisy_ids, is_masked, point = draw_masks(token_ids, noise, masking, demasker.mask_token_id, documents)
+    weights = loss_weights(is_masked, point, loss_weight, documents.host)
+    if latents is not None:
+        latents = documents.to_rows(latents)
+    if latent_mask is not None:
+        latent_mask = documents.to_rows(latent_mask)
+    loss, nats = demasker.weighted_loss(noisy_ids, token_ids, weights, latents, latent_mask, **documents.attention)
+    if loss_weight == "none":
+        loss = as_part_of_all(loss, is_masked.sum())
+    elif documents.can_differ:
+        loss = as_part_of_all(loss, torch.tensor(documents.num_tokens))
+    return {
+        "loss": loss,
+        "mask_prob": point.mask_prob,
+        "masked_nats": documents.sums(nats),
+        "num_masked": documents.host.sums(is_masked.long()),
+    }
 
 
 def base_demasker(checkpoint: str | None, pretrained: Pretrained | None, vocabulary: Vocabulary) -> Demasker:

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.documents import Documents
 from crocodil.diffusion.noise import BatchNoise
 from crocodil.evaluation.ends import tokens_through_eos
 from crocodil.evaluation.judge import build_judge
@@ -63,18 +65,29 @@ class JudgeModule(CrocodilModule):
         """
         raise ValueError("a judge scores texts and writes none; sample from another stage")
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Cross-entropy of the next token."""
-        loss = self._loss(batch["token_ids"])
+        loss = self._loss(batch)
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        return {"loss": loss}
 
     def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """`loss`: nats per token, the first token given."""
-        return {"loss": self._loss(batch["token_ids"])}
+        return {"loss": self._loss(batch)}
 
-    def _loss(self, token_ids: Tensor) -> Tensor:
+    def _loss(self, batch: Batch) -> Tensor:
+        """Padding stands behind the text, where a causal network does not look.
+
+        Raises:
+            ValueError: if rows are packed.
+        """
+        token_ids, documents = batch["token_ids"], Documents.of(batch)
+        if documents.per_row > 1:
+            raise ValueError(
+                f"a judge reads one text a row, got {documents.per_row} documents in a row; use data with padded rows"
+            )
+        is_text = documents.spread(torch.ones(len(documents), dtype=torch.bool, device=token_ids.device))
         logits = self.judge(input_ids=token_ids, use_cache=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), token_ids[:, 1:], reduction="none")
-        counted = tokens_through_eos(token_ids, self.eos_token_id)[:, 1:]
+        counted = (tokens_through_eos(token_ids, self.eos_token_id) & is_text)[:, 1:]
         return (nats * counted).sum() / mean_over_ranks(counted.sum())

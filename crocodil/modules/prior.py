@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
+from crocodil.diffusion.documents import Documents
 from crocodil.diffusion.gaussian import (
     PredictionType,
     TangentSchedule,
@@ -29,6 +30,7 @@ from crocodil.modules.checkpoints import Stage, StageCheckpoint
 from crocodil.modules.demasker import check_vocabulary
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
+from crocodil.ranks import as_part_of_all
 from crocodil.samplers import ConThenDisc, MaskedSampler
 from crocodil.samplers.latent import LatentProcess
 
@@ -118,38 +120,74 @@ class PriorModule(CrocodilModule):
         self.demasker.eval()
         self.encoder.eval()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The denoising loss of a batch, part of it under a condition."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """The denoising loss of a batch, part of it under a condition.
+
+        Returns:
+            `loss`, a scalar: as part of all processes, the mean over the documents of all of them. And for each
+            document, without gradient: `latents` (N, K, D), clean, `row_losses` (N,) and `log_snr` (N,).
+        """
+        documents = Documents.of(batch)
         noise = self.training_noise(batch).to(batch["token_ids"].device)
-        with torch.no_grad():
-            latents = self.encoder(batch["token_ids"])
-        condition, has_condition = self._conditions(batch["token_ids"], noise)
+        latents = self._latents(batch, documents)
+        condition, has_condition = self._conditions(batch["token_ids"], documents, noise)
+        own = documents.noise(noise)
         refine = random.Random(f"{self.seed} {self.global_step}").random() < self.self_conditioning
-        loss = self._losses(latents, noise, condition, has_condition, refine).mean()
+        losses, log_snr = self._losses(latents, own, condition, has_condition, refine)
+        loss = losses.mean()
+        if documents.can_differ:
+            loss = as_part_of_all(loss, torch.tensor(len(documents)))
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        return {"loss": loss, "latents": latents, "row_losses": losses.detach(), "log_snr": log_snr}
 
-    def _conditions(self, token_ids: Tensor, noise: BatchNoise) -> tuple[Tensor | None, Tensor | None]:
-        """h_phi(x_t) (B, K, D) and the rows (B,) that have it: the first ones of the whole batch, on average `share`.
+    def _latents(self, batch: Batch, documents: Documents) -> Tensor:
+        """The latents (N, K, D) of the documents of a batch: those it brings, else the encoder's."""
+        if "latents" not in batch:
+            return self._encode(batch["token_ids"], documents)
+        latents = batch["latents"]
+        expected = (len(documents), self.encoder.num_registers, self.encoder.latent_dim)
+        if tuple(latents.shape) != expected:
+            raise ValueError(
+                f"latents of a batch must be (documents, registers, latent_dim) = {expected}, got "
+                f"{tuple(latents.shape)}; make the cache with this autoencoder"
+            )
+        return latents
 
-        Every process encodes as many rows as any other, even where none of them is to have its condition.
+    @torch.no_grad()
+    def _encode(self, token_ids: Tensor, documents: Documents) -> Tensor:
+        return documents.from_rows(self.encoder(token_ids, **documents.attention))
+
+    def _conditions(
+        self, token_ids: Tensor, documents: Documents, noise: BatchNoise
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """h_phi(x_t) (N, K, D) and the documents (N,) that have it: those of the first rows of the whole batch.
+
+        On average these are `condition_share` of all rows. Every process encodes as many rows as any other, even where
+        none of them is to have its condition.
         """
         total, batch = self.condition_share * noise.num_rows, token_ids.shape[0]
         if not total:
             return None, None
         has_condition = noise.rows.double() + noise.shared(STREAM_CHOICE, 1) < total
         encoded = math.ceil(math.ceil(total) * batch / noise.num_rows)
-        ratio = noise.uniform(STREAM_CHOICE, 0, 1).squeeze(1)
+        noisy_ids = self._noisy_ids(token_ids, documents, noise)
+        condition = self._encode(noisy_ids[:encoded], documents.first_rows(encoded))
+        absent = len(documents) - len(condition)
+        return F.pad(condition, (0, 0, 0, 0, 0, absent)), documents.of_row(has_condition)
+
+    def _noisy_ids(self, token_ids: Tensor, documents: Documents, noise: BatchNoise) -> Tensor:
+        """x_t (B, L), each document at a ratio of its own, uniform on (0, 1)."""
+        ratio = documents.noise(noise).uniform(STREAM_CHOICE, 0, 1).squeeze(1)
         uniform = noise.uniform(STREAM_MASK, 0, token_ids.shape[1])
-        noisy_ids, _ = corrupt(token_ids, ratio, uniform, self.demasker.mask_token_id)
-        with torch.no_grad():
-            condition = self.encoder(noisy_ids[:encoded])
-        return F.pad(condition, (0, 0, 0, 0, 0, batch - encoded)), has_condition
+        return corrupt(token_ids, documents.spread(ratio), uniform, self.demasker.mask_token_id)[0]
 
     def _losses(
         self, latents: Tensor, noise: BatchNoise, condition: Tensor | None, has_condition: Tensor | None, refine: bool
-    ) -> Tensor:
-        """Mean squared error of each row (B,) at stratified times; `refine` adds the self-conditioning pass."""
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of each document (N,) at stratified times, and its log SNR (N,).
+
+        `refine` adds the self-conditioning pass; `noise` is the documents' own.
+        """
         point = self.noise_schedule(self._times(noise, has_condition))
         fresh = noise.normal(STREAM_LATENT_NOISE, 0, tuple(latents.shape[1:]))
         noisy = add_noise(latents, fresh, point)
@@ -159,10 +197,11 @@ class PriorModule(CrocodilModule):
             with torch.no_grad():
                 estimate = to_x0(self.prior(noisy, point.log_snr, **given), noisy, point, self.prediction_type)
         output = self.prior(noisy, point.log_snr, self_condition=estimate, **given)
-        return denoising_loss(output, prediction_target(latents, fresh, point, self.prediction_type))
+        losses = denoising_loss(output, prediction_target(latents, fresh, point, self.prediction_type))
+        return losses, point.log_snr
 
     def _times(self, noise: BatchNoise, has_condition: Tensor | None) -> Tensor:
-        """Times (B,), stratified over the rows with a condition and over the others, each for themselves."""
+        """Times (N,), stratified over the documents with a condition and over the others, each for themselves."""
         offset = noise.shared(STREAM_TIME, 0)
         if has_condition is None:
             return stratified_times(offset, noise.rows, noise.num_rows)
@@ -172,17 +211,19 @@ class PriorModule(CrocodilModule):
 
     def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Mean squared errors: `loss` unconditional, `loss_conditional` given texts masked at random ratios."""
-        token_ids = batch["token_ids"]
+        token_ids, documents = batch["token_ids"], Documents.of(batch)
         noise = noise.to(token_ids.device)
-        latents = self.encoder(token_ids)
-        figures = {"loss": self._losses(latents, noise, None, None, refine=self.self_conditioning > 0).mean()}
+        latents, own = self._latents(batch, documents), documents.noise(noise)
+        refine = self.self_conditioning > 0
+        figures = {"loss": self._losses(latents, own, None, None, refine)[0].mean()}
         if self.condition_share:
-            ratio = noise.uniform(STREAM_CHOICE, 0, 1).squeeze(1)
-            uniform = noise.uniform(STREAM_MASK, 0, token_ids.shape[1])
-            condition = self.encoder(corrupt(token_ids, ratio, uniform, self.demasker.mask_token_id)[0])
-            losses = self._losses(latents, noise, condition, None, refine=self.self_conditioning > 0)
-            figures["loss_conditional"] = losses.mean()
+            condition = self._encode(self._noisy_ids(token_ids, documents, noise), documents)
+            figures["loss_conditional"] = self._losses(latents, own, condition, None, refine)[0].mean()
         return figures
+
+    def num_items(self, batch: Batch) -> int:
+        """Documents."""
+        return len(Documents.of(batch))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """ConThenDisc: as many new texts as the batch has rows."""

@@ -1,6 +1,6 @@
 """The training step of a stage on fake tensors: its real code runs, but no weight is allocated and nothing computed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -124,12 +124,12 @@ class SimulatedStep:
             self.meter.phase = "forward"
             batch = {"token_ids": torch.zeros((batch_size, self.length), dtype=torch.int64)}
             with self.trainer.precision_plugin.train_step_context():
-                loss = self.module.training_step(batch, batch_idx)
+                outputs = self.module.training_step(batch, batch_idx)
             if batch_idx == 0:
                 self.optimizer.zero_grad()
-            assert isinstance(loss, Tensor)
+            assert isinstance(outputs, Mapping)
             self.meter.phase = "backward"
-            loss.backward()
+            outputs["loss"].backward()
 
     def _update(self) -> None:
         with self.meter:

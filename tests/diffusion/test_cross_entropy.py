@@ -26,15 +26,18 @@ def inputs(rows: int, dtype: torch.dtype = torch.float64, with_bias: bool = True
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor, bias: Tensor | None) -> Tensor:
     nats = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
-    return (nats * row_weights).sum()
+    return (nats * row_weights).sum(-1)
 
 
 @pytest.mark.parametrize("rows", [0, 1, CHUNK_ROWS, 2 * CHUNK_ROWS + 3])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_value_and_gradients_are_those_of_full_logits(rows: int, with_bias: bool) -> None:
     ours, theirs = inputs(rows, with_bias=with_bias), inputs(rows, with_bias=with_bias)
-    loss, expected = weighted_cross_entropy(**ours), plain(**theirs)
+    (loss, nats), expected = weighted_cross_entropy(**ours), plain(**theirs)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    parts = plain(**theirs | {"row_weights": torch.eye(rows)})
+    torch.testing.assert_close(nats, parts)
+    assert not nats.requires_grad
     (3 * loss).backward()
     (3 * expected).backward()
     for name in ("hidden", "weight", "bias") if with_bias else ("hidden", "weight"):
@@ -46,7 +49,7 @@ def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> Non
     given = inputs(7)
     targets, row_weights = given["targets"], given["row_weights"].double()
     assert torch.autograd.gradcheck(
-        lambda h, w, b: weighted_cross_entropy(h, w, targets, row_weights, b),
+        lambda h, w, b: weighted_cross_entropy(h, w, targets, row_weights, b)[0],
         (given["hidden"], given["weight"], given["bias"]),
     )
 
@@ -54,7 +57,7 @@ def test_gradients_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one() -> None:
     given = inputs(5, with_bias=False)
     given["weight"].requires_grad_(False)
-    loss = weighted_cross_entropy(**given)
+    loss, _ = weighted_cross_entropy(**given)
     saved = [t for t in loss.grad_fn.saved_tensors if t is not None]
     assert [tuple(t.shape) for t in saved] == [(5, WIDTH)]
     loss.backward()
@@ -63,8 +66,8 @@ def test_a_frozen_head_gets_no_gradient_and_no_memory_for_one() -> None:
 
 def test_bfloat16_states_are_reduced_in_float32() -> None:
     given, wide = inputs(600, torch.bfloat16), inputs(600)
-    loss = weighted_cross_entropy(**given)
-    assert loss.dtype == torch.float32
+    loss, nats = weighted_cross_entropy(**given)
+    assert loss.dtype == nats.dtype == torch.float32
     torch.testing.assert_close(loss.double(), plain(**wide), rtol=3e-3, atol=0)
     loss.backward()
     assert given["weight"].grad.dtype == torch.bfloat16
@@ -73,11 +76,11 @@ def test_bfloat16_states_are_reduced_in_float32() -> None:
 def test_autocast_multiplies_in_its_own_dtype() -> None:
     given = inputs(40, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = weighted_cross_entropy(**given)
+        loss, _ = weighted_cross_entropy(**given)
     loss.backward()
     narrow = {name: t.detach().bfloat16() if t.is_floating_point() else t for name, t in given.items()}
     narrow["row_weights"] = given["row_weights"]
-    assert loss.item() == weighted_cross_entropy(**narrow).item()
+    assert loss.item() == weighted_cross_entropy(**narrow)[0].item()
     assert given["hidden"].grad.dtype == torch.float32
 
 
@@ -95,7 +98,7 @@ def test_no_more_rows_of_logits_than_a_chunk_are_ever_made() -> None:
 
     given = inputs(4 * CHUNK_ROWS)
     with Largest() as seen:
-        weighted_cross_entropy(**given).backward()
+        weighted_cross_entropy(**given)[0].backward()
     assert seen.elements == CHUNK_ROWS * VOCAB
 
 

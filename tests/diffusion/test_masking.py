@@ -208,7 +208,7 @@ def test_corrupt_masks_each_row_at_its_own_rate() -> None:
     length, rates = 1000, torch.tensor([0.0, 0.1, 0.637, 1.0])
     token_ids = torch.arange(4 * length).view(4, length) % 7
     uniform = (torch.randperm(length, generator=torch.Generator().manual_seed(0)) + 0.5).expand(4, -1) / length
-    noisy, is_masked = corrupt(token_ids, rates, uniform, mask_token_id=7)
+    noisy, is_masked = corrupt(token_ids, rates[:, None], uniform, mask_token_id=7)
     assert is_masked.sum(1).tolist() == [0, 100, 637, 1000]
     assert (noisy[is_masked] == 7).all()
     assert (noisy[~is_masked] == token_ids[~is_masked]).all()

@@ -83,7 +83,7 @@ def test_training_moves_adapters_and_registers_alone(folder: Path, token_ids: Te
         noisy = token_ids.clone()
         noisy[:, ::2] = 2
         weights = (noisy == 2) / (noisy == 2).sum()
-        loss = demasker.weighted_loss(noisy, token_ids, weights, latents)
+        loss, _ = demasker.weighted_loss(noisy, token_ids, weights, latents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
