@@ -203,7 +203,7 @@ def main() -> None:
     """Entry point of the console script."""
     try:
         run(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"crocodil: {error}")
     except KeyboardInterrupt:
         print("\ncrocodil: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

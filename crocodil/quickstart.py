@@ -11,7 +11,6 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -128,12 +127,8 @@ class Clock:
 
 
 def train(stage: Stage, folder: Path, seed: int, scale: float) -> None:
-    """Runs `crocodil fit` for a stage, on from its last checkpoint; a finished stage is left alone."""
+    """Runs `crocodil fit` for a stage, which goes on from its last checkpoint and leaves a finished run alone."""
     num_steps = max(2, round(stage.num_steps * scale))
-    checkpoint = last_checkpoint(folder, stage.name)
-    done = finished_steps(checkpoint)
-    if done >= num_steps:
-        return
     every = max(1, num_steps // 4)
     with as_file(files("crocodil_configs") / f"quickstart_{stage.name}.yaml") as config:
         arguments = [
@@ -150,21 +145,12 @@ def train(stage: Stage, folder: Path, seed: int, scale: float) -> None:
             arguments.append("--model.init_args.compile=false")
         if stage.previous is not None:
             arguments.append(f"--model.init_args.{stage.argument}={last_checkpoint(folder, stage.previous)}")
-        if done:
-            arguments.append(f"--ckpt_path={checkpoint}")
         run_trainer(arguments)
 
 
 def last_checkpoint(folder: Path, stage: str) -> Path:
     """Where a stage's newest checkpoint lies."""
     return folder / stage / "checkpoints" / "last.ckpt"
-
-
-def finished_steps(checkpoint: Path) -> int:
-    """Optimizer steps behind a checkpoint; 0 where there is none."""
-    if not checkpoint.is_file():
-        return 0
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 
 def has_compiler() -> bool:

@@ -1,19 +1,25 @@
 """`crocodil fit | validate | test | predict`: a LightningCLI over the stages."""
 
+import json
 import os
 import re
+import sys
 import warnings
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.modules import ShardedStrategy
+from crocodil.modules.checkpoint_io import WholeCheckpointIO
 from crocodil.modules.checkpoints import read_checkpoint
+from crocodil.modules.integrity import remove
+from crocodil.modules.resume import Found, check_same_run, newest_checkpoint, run_settings
 from crocodil.output import check_writable
 
 CALLBACK_GROUP = "crocodil.callbacks"
@@ -72,6 +78,11 @@ class CrocodilCLI(LightningCLI):
             args=args,
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, without the option to run pickles: checkpoints are plain data."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Links what must never be configured twice."""
         parser.link_arguments("data.vocabulary", "model.init_args.vocabulary", apply_on="instantiate")
@@ -101,10 +112,77 @@ class CrocodilCLI(LightningCLI):
                 "`crocodil export` and later stages take either kind"
             )
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer whose checkpoints are whole or not there."""
+        plugins = as_list(self.config_init[self.subcommand].trainer.plugins)
+        return super().instantiate_trainer(plugins=[*plugins, WholeCheckpointIO()], **kwargs)
+
+    def fit(self, **options: Any) -> None:
+        """Trains, and without `--ckpt_path` goes on from the run's newest whole checkpoint.
+
+        Raises:
+            ValueError: if that is of another run, or none of its checkpoints is whole.
+        """
+        self.model.run_settings = self._run_settings()
+        found = None if options["ckpt_path"] else self._newest_checkpoint()
+        if found is not None:
+            check_same_run(found, self.model.run_settings)
+            if self._is_finished(found):
+                return
+            options["ckpt_path"] = str(self._go_on(found))
+        self.trainer.fit(**options)
+
+    def _newest_checkpoint(self) -> Found | None:
+        """That of the folders which the configuration's ModelCheckpoints name; without one a run begins anew."""
+        callbacks = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        folders = {Path(callback.dirpath): None for callback in callbacks if callback.dirpath is not None}
+        for folder in folders:
+            check_writable(folder)
+        return newest_checkpoint(list(folders), self.model.stage)
+
+    def _run_settings(self) -> dict[str, Any]:
+        dumped = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, format="json")
+        config = json.loads(dumped)[self.subcommand]
+        built = as_list(self.config_init[self.subcommand].trainer.callbacks)  # and behind them those of the CLI
+        pairs = zip(as_list(config["trainer"]["callbacks"]), built, strict=False)
+        kept = [settings for settings, callback in pairs if getattr(callback, "weight_copies", 0)]
+        return run_settings(config, self.trainer.world_size, kept)
+
+    def _is_finished(self, found: Found) -> bool:
+        is_finished = 0 <= self.trainer.max_steps <= found.step
+        if is_finished:
+            self._tell(
+                f"the {found.step} steps of this run are done: {found.path}; for a longer run give more "
+                f"--trainer.max_steps, to start anew another --trainer.default_root_dir, or remove {found.path.parent}"
+            )
+        return is_finished
+
+    def _go_on(self, found: Found) -> Path:
+        for path in found.damaged:
+            aside = path.with_name(f"{path.name}.damaged")  # it must not become the previous of the next one
+            self._tell(f"{path} is damaged, and will be {aside}")
+            if self.trainer.is_global_zero:
+                remove(aside)
+                path.rename(aside)
+        self._tell(
+            f"going on from step {found.step} of {found.path}; to start anew, give another --trainer.default_root_dir "
+            f"or remove {found.path.parent}"
+        )
+        return found.path
+
+    def _tell(self, sentence: str) -> None:
+        if self.trainer.is_global_zero:
+            print(f"crocodil: {sentence}", file=sys.stderr)
+
     def before_instantiate_classes(self) -> None:
         """Refuses an unwritable output folder before any work is done."""
         root = self.config[self.subcommand].trainer.default_root_dir
         check_writable(root or os.getcwd())
+
+
+def as_list(value: Any) -> list[Any]:
+    """What the Trainer takes as one, many or none."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def load_callback_plugins() -> None:
@@ -133,3 +211,10 @@ def run_trainer(arguments: list[str], cli: type[CrocodilCLI] = CrocodilCLI) -> C
         return cli(arguments)
     except ValueError as error:  # a ValueError of a constructor comes back wrapped
         raise ValueError(one_sentence(str(error))) from error
+    except RuntimeError as error:
+        if lost := re.search(r"DataLoader worker.*", str(error)):
+            raise ValueError(
+                f"a process that reads data was lost ({lost[0].rstrip('. ')}), most often for want of memory: give "
+                "fewer --data.init_args.num_workers; the same command goes on from the last checkpoint"
+            ) from error
+        raise

@@ -1,4 +1,4 @@
-"""LightningModules, one for each stage and one for each evaluation: wiring only.
+"""LightningModules, one for each stage and one for each evaluation: wiring only; and what their runs need.
 
 Names load on first use: a stage needs no evaluation, and `crocodil sample` needs neither.
 """
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from crocodil.modules.demasker import DemaskerModule
     from crocodil.modules.evaluations import ConditioningEvaluation, GenerationEvaluation, ReconstructionEvaluation
     from crocodil.modules.judge import JudgeModule
+    from crocodil.modules.last_checkpoint import LastCheckpoint
     from crocodil.modules.prior import PriorModule
     from crocodil.modules.sharding import ShardedStrategy
 
@@ -22,6 +23,7 @@ _MODULES = {
     "DemaskerModule": "demasker",
     "GenerationEvaluation": "evaluations",
     "JudgeModule": "judge",
+    "LastCheckpoint": "last_checkpoint",
     "PriorModule": "prior",
     "ReconstructionEvaluation": "evaluations",
     "ShardedStrategy": "sharding",
@@ -33,6 +35,7 @@ __all__ = [
     "DemaskerModule",
     "GenerationEvaluation",
     "JudgeModule",
+    "LastCheckpoint",
     "PriorModule",
     "ReconstructionEvaluation",
     "ShardedStrategy",

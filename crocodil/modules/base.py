@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
+from hashlib import sha256
 from typing import Any, ClassVar
 
 import lightning as L
@@ -35,6 +36,8 @@ class CrocodilModule(L.LightningModule):
     """
 
     stage: ClassVar[Stage]
+    run_settings: dict[str, Any] | None = None
+    """What `crocodil fit` was asked for, which goes into the record of every checkpoint."""
 
     def __init__(
         self,
@@ -115,6 +118,11 @@ class CrocodilModule(L.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds torch's own generators, of which dropout draws: by (seed, step, process), as all other noise."""
+        step, rank = self.trainer.fit_loop.total_batch_idx, rank_and_size()[0]
+        torch.manual_seed(int.from_bytes(sha256(f"{self.seed} {step} {rank}".encode()).digest()[:8]))
+
     def training_noise(self, batch: Batch) -> BatchNoise:
         """The noise of this step: the same again whenever the run is repeated or resumed."""
         return self._noise(batch, self.trainer.fit_loop.total_batch_idx + 1)
@@ -133,6 +141,10 @@ class CrocodilModule(L.LightningModule):
         seed = torch.full_like(rows[0], self.seed)  # a tensor, so that large seeds wrap around
         return BatchNoise((seed * 1_000_003 + step) * MAX_ROWS, rows, len(rows) * size)
 
+    def num_items(self, batch: Batch) -> int:
+        """How many items the figures of a held-out batch are means over: rows, unless a stage counts otherwise."""
+        return batch["token_ids"].shape[0]
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs the held-out figures as `val_*`."""
         self._log_figures("val", batch, batch_idx)
@@ -150,13 +162,13 @@ class CrocodilModule(L.LightningModule):
                 value,
                 prog_bar=name == "loss",
                 sync_dist=True,
-                batch_size=batch["token_ids"].shape[0],
+                batch_size=self.num_items(batch),
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the next stage needs: the stage's name, the networks' settings and the text codec."""
         codec = getattr(getattr(self.trainer, "datamodule", None), "codec", None)
-        checkpoint[RECORD_KEY] = stage_record(self.stage, self.network_configs(), codec)
+        checkpoint[RECORD_KEY] = stage_record(self.stage, self.network_configs(), codec, self.run_settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to go on from another stage's checkpoint."""

@@ -11,20 +11,31 @@ from crocodil.data.codec import TextCodec
 from crocodil.data.retokenizer import Retokenizer
 from crocodil.evaluation.judge import build_judge
 from crocodil.models import Demasker, LatentPrior, RegisterEncoder
-from crocodil.modules.sharded_checkpoint import META_FILE, PlainReader, read_weights
+from crocodil.modules.checkpoint_io import load_verified
+from crocodil.modules.sharded_checkpoint import read_folder, read_weights
 
 Stage = Literal["demasker", "autoencoder", "prior", "judge"]
 RECORD_KEY = "crocodil"
 FORMAT = 1
 
 
-def stage_record(stage: Stage, networks: dict[str, Any], codec: TextCodec | None) -> dict[str, Any]:
-    """What a checkpoint says about itself, beside Lightning's own entries."""
+def stage_record(
+    stage: Stage, networks: dict[str, Any], codec: TextCodec | None, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint says about itself, beside Lightning's own entries.
+
+    Args:
+        stage: the stage that wrote it.
+        networks: settings that rebuild its networks.
+        codec: of its texts; None if it had none.
+        settings: of its run (`crocodil.modules.resume`); None if it was not started by `crocodil fit`.
+    """
     return {
         "format": FORMAT,
         "stage": stage,
         "networks": networks,
         "codec": None if codec is None else codec.to_state(),
+        "settings": settings,
     }
 
 
@@ -43,7 +54,7 @@ def check_stage(record: dict[str, Any] | None, stage: Stage, source: str | Path)
 
 
 def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
-    """The content of a checkpoint of the given stage, read as plain data; of a sharded one, without its tensors.
+    """Verifies a checkpoint of the given stage and reads it as plain data; of a sharded one, all but its tensors.
 
     Args:
         path: a file or, of a sharded run, a folder.
@@ -52,19 +63,12 @@ def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
     Raises:
         ValueError: if the file is absent, damaged, not a crocodil checkpoint, or of another stage.
     """
-    path = Path(path)
-    file = path / META_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"expected a checkpoint of the {stage} stage at {path}, but there is no such file")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if path.is_dir():
-            PlainReader(path).read_metadata()
-    except Exception as error:  # the unpickler meets a damaged file with almost any exception
-        raise ValueError(
-            f"expected a checkpoint of the {stage} stage, but {path} is damaged or no checkpoint"
-        ) from error
-    check_stage(content.get(RECORD_KEY) if isinstance(content, dict) else None, stage, path)
+    path, kind = Path(path), f"a checkpoint of the {stage} stage"
+    read = read_folder if path.is_dir() else load_verified
+    content = read(path, kind, map_location="cpu", mmap=True)
+    # Our checkpoints have no hyperparameters, which Lightning's CLI would take for options of the command line.
+    is_ours = isinstance(content, dict) and "hyper_parameters" not in content
+    check_stage(content.get(RECORD_KEY) if is_ours else None, stage, path)
     return content
 
 

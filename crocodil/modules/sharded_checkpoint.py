@@ -4,7 +4,6 @@
 """
 
 import pickle
-import shutil
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
+from crocodil.modules.checkpoint_io import cannot_write, write_synced
+from crocodil.modules.integrity import digest, is_whole_folder, part_of, put_in_place, remove, way_out, write_sums
+from crocodil.ranks import rank_and_size
 from crocodil.weightless import is_weightless
 
 META_FILE = "meta.pt"
@@ -40,7 +43,7 @@ DESCRIPTIONS = {
 
 
 def save_sharded(path: Path, tensors: dict[str, Any], rest: dict[str, Any]) -> None:
-    """Writes a checkpoint in place of the one that may be at `path`, which stays whole until the new one is.
+    """Writes a checkpoint aside and puts it in place once it is on the disk; the one that was there is kept.
 
     All processes must call this.
 
@@ -48,21 +51,69 @@ def save_sharded(path: Path, tensors: dict[str, Any], rest: dict[str, Any]) -> N
         path: folder to write, the same on all processes and seen by all.
         tensors: nested dictionaries of tensors, shards among them, and of plain values.
         rest: plain data, of which that of the first process is kept.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk; the checkpoint that was there stays.
     """
     first = distributed.get_rank() == 0
-    fresh, old = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.old")
-    if first:
-        shutil.rmtree(fresh, ignore_errors=True)
+    fresh = part_of(path)
+    try:
+        if first:
+            remove(fresh)
+            fresh.mkdir(parents=True)
+            write_synced(rest, fresh / META_FILE)
+        distributed.barrier()
+        dcp.save(tensors, checkpoint_id=fresh)
+        sums = sums_of_all(fresh)
+        if first:
+            write_sums(fresh, sums)
+            put_in_place(path)
+    except (OSError, CheckpointException) as error:
+        if first:
+            remove(fresh)
+        raise OSError(cannot_write(path, innermost(error))) from error
     distributed.barrier()
-    dcp.save(tensors, checkpoint_id=fresh)
-    if first:
-        torch.save(rest, fresh / META_FILE)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
-    distributed.barrier()
+
+
+def sums_of_all(folder: Path) -> dict[str, str]:
+    """The sums of all files of a folder, to which each process adds those of its share."""
+    rank, size = rank_and_size()
+    names = sorted(path.name for path in folder.iterdir())
+    parts: list[dict[str, str]] = [{} for _ in range(size)]
+    distributed.all_gather_object(parts, {name: digest(folder / name) for name in names[rank::size]})
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def innermost(error: OSError | CheckpointException) -> OSError:
+    """What the system said, of an error that may gather those of several processes."""
+    inside: list[BaseException] = (
+        [each for each, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    )
+    return next((each for each in inside if isinstance(each, OSError)), OSError(str(inside[0])))
+
+
+def read_folder(path: Path, kind: str = "a checkpoint", share: slice = slice(None), **options: Any) -> Any:
+    """Verifies a folder and reads what is no tensor in it, as plain data.
+
+    Args:
+        path: of the folder.
+        kind: what it must be, for the sentence of a refusal.
+        share: the files to verify, in order of their names, where other processes verify the others.
+        options: further arguments of `torch.load`.
+
+    Raises:
+        ValueError: if the folder is no checkpoint, damaged or holds more than plain data.
+    """
+    if not (path / META_FILE).is_file():
+        raise ValueError(f"expected {kind} at {path}, but there is no such file{way_out(path)}")
+    try:
+        if is_whole_folder(path, share):
+            PlainReader(path).read_metadata()
+            return torch.load(path / META_FILE, weights_only=True, **options)
+        reason = None
+    except Exception as error:  # the unpickler meets a file of others with almost any exception
+        reason = error
+    raise ValueError(f"expected {kind}, but {path} is damaged or no checkpoint{way_out(path)}") from reason
 
 
 def load_sharded(path: Path, tensors: dict[str, Any], alone: bool = False) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from crocodil.modules.sharded_checkpoint import META_FILE, load_sharded, save_sharded
+from crocodil.modules.sharded_checkpoint import load_sharded, read_folder, save_sharded
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, precision: str) -> None:
@@ -84,9 +84,14 @@ class ShardedStrategy(ModelParallelStrategy):
         save_sharded(Path(self.broadcast(filepath)), tensors, checkpoint)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads weights and optimizer state into their places, and returns the rest."""
+        """Verifies a folder, loads weights and optimizer state into their places, and returns the rest.
+
+        Raises:
+            ValueError: if the folder is damaged, or no checkpoint; each process verifies its share of the files.
+        """
         path, module = Path(self.broadcast(checkpoint_path)), self.lightning_module
         assert module is not None
+        rest = read_folder(path, share=slice(self.global_rank, None, self.world_size))
         weights = {"state_dict": get_model_state_dict(module)}
         load_sharded(path, weights)
         module.load_state_dict(weights["state_dict"], strict=module.strict_loading)
@@ -94,7 +99,7 @@ class ShardedStrategy(ModelParallelStrategy):
             state = {f"optimizer_{i}": get_optimizer_state_dict(module, optimizer)}
             load_sharded(path, state)
             set_optimizer_state_dict(module, optimizer, state[f"optimizer_{i}"])
-        return torch.load(path / META_FILE, weights_only=True)
+        return rest
 
 
 StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all processes, with sharded checkpoints")
