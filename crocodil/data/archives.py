@@ -11,7 +11,7 @@ from crocodil.data.records import Record, Wanted, damage_counted
 from crocodil.data.streams import STREAM_ERRORS
 
 TAR_ERRORS = (*STREAM_ERRORS, tarfile.TarError, ValueError, OverflowError)  # numbers in damaged headers
-ZIP_ERRORS = (*STREAM_ERRORS, zipfile.BadZipFile, ValueError, OverflowError)
+ZIP_ERRORS = (*STREAM_ERRORS, zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError)
 MAX_HEADER_BYTES = 2**20
 BLOCK_BYTES = 2**17
 READABLE_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile sets no limit to what a step of others yields
@@ -95,7 +95,7 @@ def read_zip(file: BinaryIO, wanted: Wanted, start: int = 0) -> Iterator[tuple[i
     """
     with damage_counted(wanted.skipped, *ZIP_ERRORS), zipfile.ZipFile(file) as archive:
         for index, member in enumerate(archive.infolist()[start:], start):
-            if not member.is_dir() and (record := _of_member(archive, member, wanted)) is not None:
+            if not member.filename.endswith("/") and (record := _of_member(archive, member, wanted)) is not None:
                 yield index, f":{shown(member.filename)}", record
 
 
@@ -108,7 +108,7 @@ def _of_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, wanted: Wanted
     elif member.file_size > wanted.max_bytes:
         wanted.skipped.too_large += 1
     else:
-        with damage_counted(wanted.skipped, *ZIP_ERRORS, NotImplementedError), archive.open(member) as content:
+        with damage_counted(wanted.skipped, *ZIP_ERRORS), archive.open(member) as content:
             return wanted.of_document(content.read(wanted.max_bytes + 1))
     return None
 

@@ -25,18 +25,20 @@ def row_group_ranges(path: Path, shard_bytes: int) -> list[tuple[int, int, int]]
     Returns:
         First row group, the one behind the last, and bytes, of each range; nothing if the file is damaged.
     """
-    ranges: list[tuple[int, int, int]] = []
-    first = num_bytes = 0
     try:
         metadata = pq.read_metadata(path)
-        for group in range(metadata.num_row_groups):
-            columns = metadata.row_group(group)
-            num_bytes += sum(columns.column(i).total_compressed_size for i in range(columns.num_columns))
-            if num_bytes >= shard_bytes or group == metadata.num_row_groups - 1:
-                ranges.append((first, group + 1, num_bytes))
-                first, num_bytes = group + 1, 0
+        sizes = [max(metadata.row_group(group).total_byte_size, 0) for group in range(metadata.num_row_groups)]
     except PARQUET_ERRORS:
         return []
+    # Of columns pyarrow tells compressed sizes, but at a damaged one it ends the process.
+    compression = path.stat().st_size / max(sum(sizes), 1)
+    ranges: list[tuple[int, int, int]] = []
+    first, num_bytes = 0, 0.0
+    for group, size in enumerate(sizes, 1):
+        num_bytes += size * compression
+        if num_bytes >= shard_bytes or group == len(sizes):
+            ranges.append((first, group, round(num_bytes)))
+            first, num_bytes = group, 0.0
     return ranges
 
 
