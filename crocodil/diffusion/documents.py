@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -24,9 +24,6 @@ class Documents:
         per_row: S, documents in a row at most.
         num_tokens: tokens of all documents; padding is none.
     """
-
-    can_differ: ClassVar[bool] = False
-    """Whether batches of the same shape may differ in `num_tokens`, or in N."""
 
     def __init__(self, num_rows: int, length: int) -> None:
         self.num_rows, self.length = num_rows, length
@@ -108,8 +105,6 @@ class NumberedDocuments(Documents):
     Raises:
         ValueError: if there is no document, or one that is not contiguous, or the numbers of a row have a gap.
     """
-
-    can_differ: ClassVar[bool] = True
 
     def __init__(self, document_ids: Tensor) -> None:
         super().__init__(*document_ids.shape)

@@ -123,7 +123,7 @@ def loss_weights(
         weight: "elbo" or "none".
         documents: of the batch; None where each row is one.
     """
-    documents = documents or Documents(*is_masked.shape)
+    documents = Documents(*is_masked.shape) if documents is None else documents
     if weight == "elbo":
         return is_masked * documents.spread(point.elbo_weight) / documents.num_tokens
     return is_masked.float() / is_masked.sum().clamp(min=1)  # never in a half-precision default

@@ -54,7 +54,7 @@ class MaskedPrediction(Metric):
             noise: draws the masks.
             documents: of the batch, on its device; None where each row is one.
         """
-        documents = documents or Documents(*token_ids.shape)
+        documents = Documents(*token_ids.shape) if documents is None else documents
         registers = None if latents is None else documents.to_rows(latents)
         uniform = noise.to(token_ids.device).uniform(STREAM_MASK, 2, token_ids.shape[1])
         for i, ratio in enumerate(self.ratios):

@@ -114,11 +114,13 @@ def visible_keys(
             f"with {num_documents} documents in a row attention_mask must tell which is where, but it is None"
         )
     owner = torch.arange(1, num_documents + 1, device=attention_mask.device).repeat_interleave(num_registers)
-    owner = owner.expand(shape[0], -1)
-    seen_as = owner if register_mask is None else owner.where(register_mask, -1)
-    queries = torch.cat([owner, attention_mask], dim=1)
-    keys = torch.cat([seen_as, attention_mask], dim=1)
-    return (queries[:, :, None] == keys[:, None])[:, None]
+    document = torch.cat([owner.expand(shape[0], -1), attention_mask], dim=1)
+    visible = document[:, :, None] == document[:, None]
+    if register_mask is not None:
+        # A register that is hidden sees itself, lest it see nothing: a softmax over nothing is NaN.
+        keys = F.pad(register_mask, (0, shape[1]), value=True)[:, None]
+        visible &= keys | torch.eye(keys.shape[2], dtype=torch.bool, device=keys.device)
+    return visible[:, None]
 
 
 def join_masks(first: Tensor | None, second: Tensor | None, batch: int, sizes: tuple[int, int]) -> Tensor | None:

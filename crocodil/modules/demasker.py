@@ -198,12 +198,9 @@ def masked_diffusion_loss(
     if latent_mask is not None:
         latent_mask = documents.to_rows(latent_mask)
     loss, nats = demasker.weighted_loss(noisy_ids, token_ids, weights, latents, latent_mask, **documents.attention)
-    if loss_weight == "none":
-        loss = as_part_of_all(loss, is_masked.sum())
-    elif documents.can_differ:
-        loss = as_part_of_all(loss, torch.tensor(documents.num_tokens))
+    count = torch.tensor(documents.num_tokens) if loss_weight == "elbo" else is_masked.sum()
     return {
-        "loss": loss,
+        "loss": as_part_of_all(loss, count),
         "mask_prob": point.mask_prob,
         "masked_nats": documents.sums(nats),
         "num_masked": documents.host.sums(is_masked.long()),

@@ -134,9 +134,7 @@ class PriorModule(CrocodilModule):
         own = documents.noise(noise)
         refine = random.Random(f"{self.seed} {self.global_step}").random() < self.self_conditioning
         losses, log_snr = self._losses(latents, own, condition, has_condition, refine)
-        loss = losses.mean()
-        if documents.can_differ:
-            loss = as_part_of_all(loss, torch.tensor(len(documents)))
+        loss = as_part_of_all(losses.mean(), torch.tensor(len(documents)))
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return {"loss": loss, "latents": latents, "row_losses": losses.detach(), "log_snr": log_snr}
 

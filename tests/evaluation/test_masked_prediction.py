@@ -4,6 +4,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from crocodil.diffusion.documents import NumberedDocuments
 from crocodil.diffusion.noise import STREAM_MASK, RowNoise
 from crocodil.evaluation.masked_prediction import MaskedPrediction
 from crocodil.models import Demasker, RegisterEncoder
@@ -51,3 +52,23 @@ def test_batches_do_not_matter_and_the_masks_are_the_same_for_all(make_demasker:
         torch.testing.assert_close(parts.compute()[name], values)
     assert torch.equal(other.compute()["num_tokens"], whole.compute()["num_tokens"])
     assert (whole.compute()["num_tokens"].diff() > 0).all()  # more are masked at a larger ratio
+
+
+def test_packed_documents_count_as_if_alone_and_padding_not_at_all(
+    make_demasker: Callable[..., Demasker], make_encoder: Callable[..., RegisterEncoder]
+) -> None:
+    demasker, encoder = make_demasker(), make_encoder()
+    ids = torch.tensor([[1] * 5 + [2] * 3 + [0] * 4, [1] * 12])
+    token_ids = torch.randint(1, 11, ids.shape, generator=torch.Generator().manual_seed(0))
+    documents, noise = NumberedDocuments(ids), RowNoise(torch.arange(2))
+    latents = documents.from_rows(encoder(token_ids, **documents.attention)).detach()
+    packed, ones = MaskedPrediction(), MaskedPrediction((1.0,))
+    packed.update(demasker, token_ids, latents, noise, documents)
+    for row, place, z in zip((0, 0, 1), (ids[0] == 1, ids[0] == 2, ids[1] == 1), latents, strict=True):
+        ones.update(demasker, token_ids[row][place][None], z[None], RowNoise(torch.arange(1)))
+    last = {name: values[-1] for name, values in packed.compute().items()}
+    for name, values in ones.compute().items():  # all is masked, whatever the noise
+        torch.testing.assert_close(last[name], values)
+    uniform = noise.uniform(STREAM_MASK, 2, 12)
+    for ratio, count in zip(packed.ratios, packed.compute()["num_tokens"], strict=True):
+        assert count == ((uniform < ratio) & (ids > 0)).sum()

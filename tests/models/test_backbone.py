@@ -6,9 +6,11 @@ from crocodil.models.backbone import network_config
 from crocodil.models.positions import (
     TwoAxisRotary,
     add_register_axis,
+    document_positions,
     join_masks,
     positions_with_registers,
     text_positions,
+    visible_keys,
 )
 
 SETTINGS = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
@@ -55,6 +57,8 @@ def test_the_register_axis_is_added_once_and_only_to_rotary_networks() -> None:
 def test_registers_stand_directly_before_the_text() -> None:
     device = torch.device("cpu")
     assert positions_with_registers(3, text_positions(2, device)).tolist() == [[-3, -2, -1, 0, 1]]
+    packed = torch.tensor([[0, 1, 0, 1]])
+    assert positions_with_registers(2, packed, 2).tolist() == [[-2, -1, -2, -1, 0, 1, 0, 1]]
     assert positions_with_registers(0, text_positions(2, device)).tolist() == [[0, 1]]
 
 
@@ -69,6 +73,23 @@ def test_joined_masks() -> None:
         assert mask is not None
         assert mask.dtype == torch.bool
         assert mask.tolist() == expected
+
+
+def test_positions_begin_anew_with_each_document() -> None:
+    ids = torch.tensor([[1, 1, 1, 2, 3, 3, 0, 0], [0, 1, 1, 2, 2, 2, 2, 2]])
+    assert document_positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0, 1], [0, 0, 1, 0, 1, 2, 3, 4]]
+
+
+def test_registers_and_text_of_a_document_see_one_another_alone() -> None:
+    """Two registers for each of two documents, then three tokens; the first register of the second is hidden."""
+    ids, seen = torch.tensor([[1, 2, 0]]), torch.tensor([[True, True, False, True]])
+    visible = visible_keys(ids, (1, 3), num_registers=2, num_documents=2, register_mask=seen)
+    assert visible.shape == (1, 1, 7, 7)
+    keys = [row.nonzero().flatten().tolist() for row in visible[0, 0]]
+    assert keys == [[0, 1, 4], [0, 1, 4], [2, 3, 5], [3, 5], [0, 1, 4], [3, 5], [6]]
+    assert visible_keys(ids[:, :2], (1, 2), 0, 2).tolist() == [[[[True, False], [False, True]]]]
+    assert visible_keys(None, (1, 3), 2) is None
+    assert visible_keys(ids, (1, 3), 1).tolist() == [[[[True, True, True, False]]]]
 
 
 def test_network_config_is_bidirectional_without_a_cache() -> None:
