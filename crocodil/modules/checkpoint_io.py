@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             write_synced(checkpoint, part_of(place))
             put_in_place(place)
         except OSError as error:
-            part_of(place).unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing could be written, there is nothing to remove
+                part_of(place).unlink()
             raise OSError(cannot_write(place, error)) from error
 
     def load_checkpoint(
@@ -108,7 +110,8 @@ def cannot_write(path: Path, error: OSError) -> str:
         path: of the checkpoint.
         error: of the system.
     """
+    reason = error.strerror or error
     return (
-        f"the checkpoint {path} cannot be written: {error.strerror or error}; the one before it is as it was, and the "
-        "same command goes on from it once there is room"
+        f"the checkpoint {path} cannot be written: {reason}; the one before it is untouched, and the same command goes "
+        "on from it"
     )
