@@ -64,8 +64,11 @@ def read_parquet(
         table = pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
         _check_columns(table.schema_arrow, wanted, getattr(file, "name", "the file"))
         sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        last = len(sizes) if stop is None else stop
+        if last > len(sizes):
+            raise OSError("the file has fewer row groups than when it was listed")
         row_in_file, index = sum(sizes[:first]), 0
-        for group in range(first, table.num_row_groups if stop is None else stop):
+        for group in range(first, last):
             passed = max(start - index, 0)
             if passed < sizes[group]:
                 for row, record in _rows_of_group(table, group, wanted, passed):

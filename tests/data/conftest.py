@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ def zstd(content: bytes) -> bytes:
 @pytest.fixture(scope="session")
 def compress() -> dict[str, Callable[[bytes], bytes]]:
     """Compresses bytes, by the suffix that says how."""
-    return {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+    return {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": partial(lzma.compress, preset=0),
+        ".zst": zstd,
+    }
 
 
 @pytest.fixture
