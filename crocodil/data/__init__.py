@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crocodil.data.block_datamodule import BlockDataModule
     from crocodil.data.canonical import CANONICAL_TOKENS, canonical_functions, render, tokenize
+    from crocodil.data.canonical_functions import CanonicalFunctions
     from crocodil.data.codec import TextCodec
-    from crocodil.data.datamodule import CanonicalFunctions, SourceText
+    from crocodil.data.sources import Source
+    from crocodil.data.text_corpus import TextCorpus
     from crocodil.data.vocabulary import Vocabulary
 
 _MODULES = {
     "BlockDataModule": "block_datamodule",
     "CANONICAL_TOKENS": "canonical",
-    "CanonicalFunctions": "datamodule",
-    "SourceText": "datamodule",
+    "CanonicalFunctions": "canonical_functions",
+    "Source": "sources",
     "TextCodec": "codec",
+    "TextCorpus": "text_corpus",
     "Vocabulary": "vocabulary",
     "canonical_functions": "canonical",
     "render": "canonical",
@@ -28,8 +31,9 @@ __all__ = [
     "CANONICAL_TOKENS",
     "BlockDataModule",
     "CanonicalFunctions",
-    "SourceText",
+    "Source",
     "TextCodec",
+    "TextCorpus",
     "Vocabulary",
     "canonical_functions",
     "render",

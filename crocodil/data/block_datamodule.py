@@ -1,8 +1,9 @@
-"""What every data module of crocodil is: blocks of token ids in three splits, prepared once, then read from a cache."""
+"""What every data module of crocodil is: token ids in three splits, prepared once, then read from a cache."""
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +14,49 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crocodil.data.blocks import BlockDataset, EpochShuffle, ResumableLoader, whole_batch
 from crocodil.data.cache import cache_key, cached_folder
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import SourceFile, Split
+from crocodil.data.order import EpochOrder, ResumableLoader
+from crocodil.data.rows import Layout, RowFormat, pack
+from crocodil.data.tokens import Packs, TokenDataset, TokenStore, whole_batch, write_packs
 from crocodil.data.vocabulary import Vocabulary
 from crocodil.ranks import rank_and_size
 
 SUMMARY_FILE = "summary.json"
+NAMES_FILE = "names.json"
 
 
 class BlockDataModule(LightningDataModule, ABC):
-    """Blocks of `length` token ids in three splits, prepared once and kept in a cache.
+    """Texts of at most `length` token ids in three splits, prepared once and kept in a cache.
 
-    A batch is {"token_ids": (B, L) int64}. The training loader shuffles by (seed, epoch) and drops the last partial
-    batch; the other loaders keep everything in order. `predict` is the test split.
+    A batch is that of `RowFormat.collate`, with "origins" (B, 2) int64 to tell where its rows are from. The training
+    loader shuffles by (seed, epoch) and drops the last partial batch; the other loaders keep everything in order.
+    `predict` is the test split.
 
     Args:
-        length: tokens in a block, BOS and EOS included.
-        batch_size: blocks in a batch of each process.
+        length: L, tokens of a text, BOS and EOS included.
+        batch_size: rows in a batch of each process.
         cache_dir: folder of prepared corpora; None for `$XDG_CACHE_HOME/crocodil` or `~/.cache/crocodil`.
-        num_workers: processes that read batches; 0 reads them in the main process, which is fast enough.
+        num_workers: processes that read batches; 0 reads them in the main process.
         seed: seed of the shuffle.
+        layout: of the training batches, see `RowFormat`.
+        hide_padding: see `RowFormat`.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
-    def __init__(self, length: int, batch_size: int, cache_dir: str | None, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        cache_dir: str | None,
+        num_workers: int,
+        seed: int,
+        layout: Layout = "padded",
+        hide_padding: bool = False,
+    ) -> None:
         super().__init__()
         require_at_least("length", length, 4)
         require_at_least("batch_size", batch_size, 1)
@@ -51,6 +67,7 @@ class BlockDataModule(LightningDataModule, ABC):
         self.cache_dir = cache_dir
         self.num_workers = num_workers
         self.seed = seed
+        self.row_format = RowFormat(length, self.vocabulary.eos_token_id, layout, hide_padding)
         self._folder: Path | None = None
 
     @property
@@ -72,22 +89,28 @@ class BlockDataModule(LightningDataModule, ABC):
         """The files of the corpus in a fixed order."""
 
     @abstractmethod
-    def _build(self, folder: Path, files: Sequence[SourceFile]) -> dict[str, int | str]:
-        """Writes train.npy, val.npy, test.npy into the folder; returns the counts to report."""
+    def _build(self, folder: Path, aside: Path, files: Sequence[SourceFile]) -> dict[str, int | str]:
+        """Writes the splits into the folder (`write_split`); returns the counts to report.
+
+        What is half done may lie in `aside`, where the next call finds it if this one is killed.
+        """
 
     def prepare_data(self) -> None:
-        """Prepares the blocks, unless the cache has them."""
+        """Prepares the texts, unless the cache has them."""
         self._prepared_folder()
+        if self.row_format.layout == "packed":
+            self._packs("train")
 
     def _prepared_folder(self) -> Path:
         if self._folder is None:
             files = self._source_files()
             name = f"{type(self).__name__}-{cache_key(self._configuration(), files)}"
-            self._folder = cached_folder(self.cache_dir, name, lambda folder: self._build_and_report(folder, files))
+            build = partial(self._build_and_report, files=files)
+            self._folder = cached_folder(self.cache_dir, name, build)
         return self._folder
 
-    def _build_and_report(self, folder: Path, files: Sequence[SourceFile]) -> None:
-        counts = self._build(folder, files)
+    def _build_and_report(self, folder: Path, aside: Path, files: Sequence[SourceFile]) -> None:
+        counts = self._build(folder, aside, files)
         (folder / SUMMARY_FILE).write_text(json.dumps(counts, indent=2) + "\n")
         rank_zero_info(f"{type(self).__name__}: {_in_words(counts)}.")
 
@@ -102,53 +125,18 @@ class BlockDataModule(LightningDataModule, ABC):
         """
         needed: dict[str | None, tuple[Split, ...]] = {"validate": ("val",), "test": ("test",), "predict": ("test",)}
         for split in needed.get(stage, ("train", "val")):
-            self.array(split)
+            self.dataset(split)
 
-    def blocks(self, split: Split) -> Tensor:
-        """All blocks of a split in order.
+    def store(self, split: Split) -> TokenStore:
+        """The texts of a split.
 
         Args:
             split: "train", "val" or "test".
-
-        Returns:
-            (N, L) int64.
-
-        Raises:
-            ValueError: if the split is empty.
         """
-        return torch.from_numpy(self.array(split).astype(np.int64))
+        return TokenStore(self._prepared_folder(), split)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Shuffled batches of the training split, all of `batch_size` blocks; each process has its own."""
-        dataset = BlockDataset(self.array("train"))
-        return self._loader(dataset, ResumableLoader, sampler=EpochShuffle(dataset, self.seed), drop_last=True)
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the validation split, in order."""
-        return self._loader(BlockDataset(self.array("val")))
-
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the test split, in order."""
-        return self._loader(BlockDataset(self.array("test")))
-
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        """Batches of the test split, in order."""
-        return self.test_dataloader()
-
-    def _loader(
-        self, dataset: BlockDataset, loader: type[DataLoader[Tensor]] = DataLoader, **options: Any
-    ) -> DataLoader[Tensor]:
-        return loader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=whole_batch,  # type: ignore[arg-type]
-            **options,
-        )
-
-    def array(self, split: Split) -> np.ndarray:
-        """All blocks of a split, memory-mapped: (N, L) int32.
+    def dataset(self, split: Split) -> TokenDataset:
+        """The rows of a split: of the training split in its layout, else one text each.
 
         Args:
             split: "train", "val" or "test".
@@ -156,16 +144,89 @@ class BlockDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: if the split is too small.
         """
-        folder = self._prepared_folder()
-        array = np.load(folder / f"{split}.npy", mmap_mode="r")
-        least = self.batch_size * rank_and_size()[1] if split == "train" else 1
-        if len(array) < least:
-            counts = json.loads((folder / SUMMARY_FILE).read_text())
+        is_train = split == "train"
+        row_format = self.row_format if is_train else self.row_format.held_out()
+        packs = self._packs(split) if row_format.layout == "packed" else None
+        dataset = TokenDataset(self.store(split), row_format, packs)
+        least = self.batch_size * rank_and_size()[1] if is_train else 1
+        if len(dataset) < least:
+            counts = json.loads((self._prepared_folder() / SUMMARY_FILE).read_text())
             raise ValueError(
-                f"the {split} split must hold at least {least} blocks of length {self.length}, got {len(array)} "
+                f"the {split} split must hold at least {least} rows of length {self.length}, got {len(dataset)} "
                 f"({_in_words(counts)}): give more files, or a smaller batch_size."
             )
-        return array
+        return dataset
+
+    def _packs(self, split: Split) -> Packs:
+        store = self.store(split)
+        return store.packs or write_packs(store, packed_rows(store, self.length))
+
+    def array(self, split: Split) -> np.ndarray:
+        """All texts of a split in order, filled up with end tokens: (N, L) int32.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Raises:
+            ValueError: if the split is too small.
+        """
+        return self.dataset(split).store.padded(self.length, self.vocabulary.eos_token_id)
+
+    def blocks(self, split: Split) -> Tensor:
+        """`array` as a tensor, (N, L) int64."""
+        return torch.from_numpy(self.array(split).astype(np.int64))
+
+    def describe(self, origin: tuple[int, int]) -> str:
+        """Where a row is from, in words.
+
+        Args:
+            origin: a row of a batch's "origins".
+        """
+        names = json.loads((self._prepared_folder() / NAMES_FILE).read_text())
+        return f"{names[origin[0]]}, record {origin[1]}"
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Shuffled batches of the training split, all of `batch_size` rows; each process has its own."""
+        dataset = self.dataset("train")
+        order = EpochOrder(dataset, self.seed, self.batch_size, self._weights())
+        return self._loader(dataset, ResumableLoader, sampler=order, drop_last=True)
+
+    def _weights(self) -> Sequence[float] | None:
+        """Shares of the sources in an epoch; None reads every row once."""
+        return None
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of the validation split, in order."""
+        return self._loader(self.dataset("val"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split, in order."""
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split, in order."""
+        return self.test_dataloader()
+
+    def _loader(
+        self, dataset: TokenDataset, loader: type[DataLoader[Any]] = DataLoader, **options: Any
+    ) -> DataLoader[Any]:
+        return loader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=whole_batch,  # type: ignore[arg-type]  # the dataset gives batches, not lists of rows
+            **options,
+        )
+
+
+def packed_rows(store: TokenStore, length: int) -> list[np.ndarray]:
+    """Which texts share a row; texts of different sources do not."""
+    rows = []
+    for first, last in zip(store.bounds[:-1].tolist(), store.bounds[1:].tolist(), strict=True):
+        rows += [first + row for row in pack(store.lengths[first:last], length)]
+    return rows
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

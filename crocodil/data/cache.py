@@ -12,7 +12,7 @@ from typing import Any
 
 from crocodil.data.corpora import SourceFile
 
-CORPUS_VERSION = 1  # to be raised with every change of what is written for the same files
+CORPUS_VERSION = 2  # to be raised with every change of what is written for the same files
 
 
 def default_cache_dir() -> Path:
@@ -35,7 +35,7 @@ def cache_key(configuration: dict[str, Any], files: Sequence[SourceFile]) -> str
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path], None]) -> Path:
+def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path, Path], None]) -> Path:
     """Folder `name` of the cache; built first if it is absent.
 
     It is written aside and then renamed, so that a reader never sees half of it, and of two builders one wins.
@@ -43,7 +43,8 @@ def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path
     Args:
         cache_dir: folder of all caches; None for `default_cache_dir()`.
         name: what distinguishes this content from every other.
-        build: writes the content into the folder that it is given.
+        build: writes the content into the first folder that it is given; in the second, which need not exist, it may
+            leave what a later call can go on from.
 
     Returns:
         The complete folder.
@@ -55,13 +56,14 @@ def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path
     folder = root / name
     if folder.is_dir():
         return folder
+    parts = root / f".{name}.parts"
     try:
         root.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
     except OSError as error:
         raise ValueError(f"cache_dir must be a writable folder, got {str(root)!r}: {error.strerror}.") from error
     try:
-        build(aside)
+        build(aside, parts)
         aside.chmod(0o755)
         aside.rename(folder)
     except OSError:
@@ -69,4 +71,5 @@ def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
     return folder

@@ -1,7 +1,7 @@
 """Text to token ids and back: a tokenizer together with the format of the text."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -19,6 +19,8 @@ NEW_MASK = "<|mask|>"
 TURN_START = "<|im_start|>"
 """What starts a text where a tokenizer names no start token (Qwen)."""
 EOS, BOS, MASK, UNK = canonical_text.SPECIAL_TOKENS
+EOS_ID, BOS_ID, MASK_ID = 0, 1, 2
+MIN_BPE_SIZE = 260  # 256 bytes and the four special tokens
 LAYOUT = {canonical_text.NEWLINE: "\n", canonical_text.INDENT: "\u21e5 ", canonical_text.DEDENT: "\u21e4 "}
 """How the tokens of structure show in unfinished texts, where they do not yet make up lines and indents."""
 
@@ -100,6 +102,22 @@ class TextCodec:
         if self.text_format == "canonical":
             return cast(list[int], self.tokenizer.convert_tokens_to_ids(canonical_text.tokenize(text)))
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all cores where the texts are plain.
+
+        Args:
+            texts: see `encode`.
+        """
+        if self.text_format == "canonical":
+            return [self.encode(text) for text in texts]
+        tokenizer = self.tokenizer.backend_tokenizer
+        before = tokenizer.encode_special_tokens
+        tokenizer.encode_special_tokens = True
+        try:
+            return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        finally:
+            tokenizer.encode_special_tokens = before
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """Text of token ids: BOS is dropped, the first EOS ends the text, masks stay visible.

@@ -37,8 +37,8 @@ def functions_of_file(file: SourceFile, min_tokens: int, max_tokens: int) -> tup
 
 def read_functions(
     files: Sequence[SourceFile], min_tokens: int, max_tokens: int
-) -> tuple[dict[Split, list[bytes]], SkipCount]:
-    """Canonical functions of many files by split, and the files that were skipped.
+) -> tuple[dict[Split, dict[bytes, tuple[int, int]]], int, SkipCount]:
+    """Canonical functions of many files by split, how many there are, and the files that were skipped.
 
     Args:
         files: files in a fixed order.
@@ -46,18 +46,23 @@ def read_functions(
         max_tokens: longer functions are left out.
 
     Returns:
-        Token ids of each function, one byte a token, in order of file and of place in the file; the skipped files.
+        For each split, token ids of each distinct function, one byte a token, in order of file and of place in the
+        file, with the file and the place where it stands first; the number of functions, equal ones counted; the
+        skipped files.
 
     Raises:
         RuntimeError: if worker processes cannot start.
     """
-    found: dict[Split, list[bytes]] = {"train": [], "val": [], "test": []}
-    all_skipped = SkipCount()
+    found: dict[Split, dict[bytes, tuple[int, int]]] = {"train": {}, "val": {}, "test": {}}
+    total, all_skipped = 0, SkipCount()
     results = with_progress(files, _read_all(files, min_tokens, max_tokens), "Reading Python functions")
-    for file, (functions, skipped) in zip(files, results, strict=True):
-        found[split_of(file.name)] += functions
+    for number, (file, (functions, skipped)) in enumerate(zip(files, results, strict=True)):
+        of_split = found[split_of(file.name)]
+        for place, function in enumerate(functions):
+            of_split.setdefault(function, (number, place))
+        total += len(functions)
         all_skipped.add(skipped)
-    return found, all_skipped
+    return found, total, all_skipped
 
 
 def _read_all(files: Sequence[SourceFile], min_tokens: int, max_tokens: int) -> Iterator[tuple[list[bytes], SkipCount]]:

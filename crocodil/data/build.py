@@ -1,0 +1,232 @@
+"""A corpus of any size to memory-mapped token ids: read and tokenised part by part, so that a kill costs one part."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from crocodil.data.codec import TextCodec
+from crocodil.data.corpora import HELD_OUT_FIRST, SkipCount, Split
+from crocodil.data.near_duplicates import is_near_duplicate
+from crocodil.data.rows import cut
+from crocodil.data.sources import Corpus, Document
+from crocodil.data.tokens import flat, token_dtype, tokens_file, write_split
+
+Item = TypeVar("Item")
+PART_BYTES = 2**24
+CHUNK = 512
+SPLITS: tuple[Split, ...] = get_args(Split)
+SKIPPED_FILE = "skipped.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of the texts.
+
+    Args:
+        length: tokens of a piece at most.
+        min_tokens: shorter documents are left out, BOS and EOS counted.
+        max_tokens: longer ones are left out; None for no limit.
+        near_duplicates: estimated Jaccard similarity from which on a document counts as a copy; None keeps all that are
+            not equal.
+    """
+
+    length: int
+    min_tokens: int = 2
+    max_tokens: int | None = None
+    near_duplicates: float | None = None
+
+
+def build(folder: Path, aside: Path, corpus: Corpus, codec: TextCodec, recipe: Recipe) -> dict[str, int | str]:
+    """Writes the three splits of a corpus into a folder; equal texts are kept once, in a held-out split if any.
+
+    Args:
+        folder: where the splits go.
+        aside: folder of the parts, which are taken up again by the next call if this one is killed.
+        corpus: to be read.
+        codec: of the tokens.
+        recipe: which documents are kept, and how they are cut.
+
+    Returns:
+        Counts to report.
+    """
+    parts = _parts(corpus)
+    done = [aside / f"{number:06d}" for number in range(len(parts))]
+    for path, shards in _bar(list(zip(done, parts, strict=True)), "Tokenising"):
+        if not path.is_dir():
+            write = partial(_write_part, corpus=corpus, shards=shards, codec=codec, recipe=recipe)
+            _write_whole(path, write)
+    counts = _merge(folder, corpus, done, codec.vocabulary.size, recipe)
+    return counts
+
+
+def _parts(corpus: Corpus) -> list[list[int]]:
+    """Consecutive shards of one source, together of `PART_BYTES` or one large shard."""
+    parts: list[list[int]] = []
+    filled, source_before = 0, -1
+    for shard, ((source, _), size) in enumerate(zip(corpus.shards, corpus.sizes, strict=True)):
+        if source != source_before or filled + size > PART_BYTES:
+            parts.append([])
+            filled, source_before = 0, source
+        parts[-1].append(shard)
+        filled += size
+    return parts
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder that has its name only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
+    try:
+        write(fresh)
+        fresh.rename(path)
+    except OSError:
+        if not path.is_dir():  # unless another process has just finished it
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_part(folder: Path, corpus: Corpus, shards: Sequence[int], codec: TextCodec, recipe: Recipe) -> None:
+    skipped = SkipCount()
+    found = (document for shard in shards for document in corpus.documents(shard, skipped))
+    texts: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
+    kept: list[tuple[int, int, int, int]] = []
+    for chunk in chunks(found, CHUNK):
+        chunk, rows = tokenize(chunk, codec, recipe, skipped)
+        tokens, sizes = flat(rows, codec.vocabulary.size)
+        texts.append(tokens)
+        lengths.append(sizes)
+        kept += [(text_hash(d.text), SPLITS.index(d.split), d.shard, d.record) for d in chunk]
+    np.save(folder / "tokens.npy", np.concatenate(texts or [np.empty(0, token_dtype(codec.vocabulary.size))]))
+    np.save(folder / "lengths.npy", np.concatenate(lengths or [np.empty(0, np.int64)]))
+    np.save(folder / "kept.npy", np.array(kept, dtype=np.int64).reshape(-1, 4))
+    (folder / SKIPPED_FILE).write_text(json.dumps(asdict(skipped)))
+
+
+def tokenize(
+    documents: Sequence[Document], codec: TextCodec, recipe: Recipe, skipped: SkipCount
+) -> tuple[list[Document], list[list[int]]]:
+    """BOS, tokens and EOS of the documents that are neither too short nor too long.
+
+    Args:
+        documents: in a fixed order.
+        codec: of the tokens.
+        recipe: the limits.
+        skipped: what is left out is counted here.
+
+    Returns:
+        The documents that are left, and their token ids.
+    """
+    vocabulary = codec.vocabulary
+    kept, rows = [], []
+    for document, ids in zip(documents, codec.encode_batch([d.text for d in documents]), strict=True):
+        row = [vocabulary.bos_token_id, *ids, vocabulary.eos_token_id]
+        if len(row) < recipe.min_tokens:
+            skipped.too_few_tokens += 1
+        elif recipe.max_tokens is not None and len(row) > recipe.max_tokens:
+            skipped.too_many_tokens += 1
+        else:
+            kept.append(document)
+            rows.append(row)
+    return kept, rows
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text, as a signed integer."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the parts hold together, (N,) each: which documents there are, and in which part their tokens lie."""
+
+    paths: Sequence[Path]
+    kept: np.ndarray
+    lengths: np.ndarray
+    part: np.ndarray
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> "_Parts":
+        lengths = [np.load(path / "lengths.npy") for path in paths]
+        part = np.repeat(np.arange(len(paths)), [len(of_it) for of_it in lengths])
+        return cls(paths, np.concatenate([np.load(p / "kept.npy") for p in paths]), np.concatenate(lengths), part)
+
+    def tokens(self, number: int) -> np.ndarray:
+        return np.load(self.paths[number] / "tokens.npy", mmap_mode="r")
+
+    def texts(self, order: np.ndarray) -> Iterator[np.ndarray]:
+        """Token ids of documents in any order that seldom changes the part."""
+        ends = np.cumsum(self.lengths)
+        before = np.concatenate([[0], ends])[np.searchsorted(self.part, np.arange(len(self.paths)))]
+        opened, tokens = -1, np.empty(0)
+        for document in order.tolist():
+            if (number := int(self.part[document])) != opened:
+                opened, tokens = number, self.tokens(number)
+            end = ends[document] - before[number]
+            yield np.asarray(tokens[end - self.lengths[document] : end])
+
+    def copy(self, path: Path, mine: np.ndarray, dtype: np.dtype) -> None:
+        """Writes the tokens of some documents (N,) bool as one file; memory holds one part of them."""
+        shape = (int(self.lengths[mine].sum()),)
+        target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        end = 0
+        for number in range(len(self.paths)):
+            here = self.part == number
+            tokens = self.tokens(number)[np.repeat(mine[here], self.lengths[here])]
+            target[end : end + len(tokens)] = tokens
+            end += len(tokens)
+        target.flush()
+
+
+def _merge(
+    folder: Path, corpus: Corpus, paths: Sequence[Path], vocab_size: int, recipe: Recipe
+) -> dict[str, int | str]:
+    parts = _Parts.open(paths)
+    split = parts.kept[:, 1]
+    order = np.argsort(np.array([HELD_OUT_FIRST.index(name) for name in SPLITS])[split], kind="stable")
+    is_first = np.zeros(len(split), dtype=bool)
+    is_first[order[np.unique(parts.kept[order, 0], return_index=True)[1]]] = True
+    counts: dict[str, int | str] = {"files": len(corpus.names), "documents": len(split)}
+    counts["duplicates"] = int((~is_first).sum())
+    chosen = is_first.copy()
+    if recipe.near_duplicates is not None:
+        distinct = order[is_first[order]]
+        chosen[distinct[is_near_duplicate(parts.texts(distinct), recipe.near_duplicates)]] = False
+        counts["near duplicates"] = int((is_first & ~chosen).sum())
+    source_of = np.array([source for source, _ in corpus.shards])
+    for number, name in enumerate(SPLITS):
+        mine = chosen & (split == number)
+        pieces = cut(parts.lengths[mine], recipe.length)
+        origins = parts.kept[mine][pieces[:, 2], 2:]
+        bounds = np.searchsorted(source_of[origins[:, 0]], np.arange(len(corpus.sources) + 1))
+        parts.copy(tokens_file(folder, name), mine, token_dtype(vocab_size))
+        write_split(folder, name, pieces[:, :2], origins, bounds)
+        counts[name] = len(pieces)
+    skipped = SkipCount()
+    for path in paths:
+        skipped.add(SkipCount(**json.loads((path / SKIPPED_FILE).read_text())))
+    return {**counts, "left out": str(skipped)}
+
+
+def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Consecutive lists of `size` items, the last one possibly shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _bar(items: Sequence[Item], description: str) -> Iterable[Item]:
+    console = Console(stderr=True)
+    return track(items, description, console=console, transient=True, disable=not console.is_terminal)
