@@ -70,8 +70,8 @@ class LossByMaskRatio(AtLogPoints):
                 "LossByMaskRatio expects a stage whose training step returns mask_prob or log_snr, got only "
                 f"{', '.join(outputs)}: leave the callback out"
             )
-        values = torch.stack([losses, weights.to(losses.dtype)])
-        sums = binned_sums(self._scale.position(level), values, self.num_bins)
+        level, weights = (x.to(losses.device, losses.dtype, non_blocking=True) for x in (level, weights))
+        sums = binned_sums(self._scale.position(level), torch.stack([losses, weights]), self.num_bins)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def figures(self, trainer: L.Trainer) -> dict[str, float]:

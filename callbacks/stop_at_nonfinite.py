@@ -40,6 +40,7 @@ class StopAtNonFinite(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._step = 0  # the one that goes on, counted from 1
         self._error: FloatingPointError | None = None
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
@@ -48,6 +49,7 @@ class StopAtNonFinite(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the buffers that belong to the checkpoint."""
+        self._step = 0
         kept = pl_module.state_dict().keys()
         self._buffers = [b for name, b in pl_module.named_buffers() if name in kept and b.is_floating_point()]
         self._saved = [buffer.clone() for buffer in self._buffers]
@@ -55,9 +57,11 @@ class StopAtNonFinite(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keeps the buffers, which a forward pass may change."""
-        self._step = trainer.global_step + 1
+        """Keeps the buffers, which forward passes may change, where a step begins."""
         self._losses = self._norm = None
+        if self._step == trainer.global_step + 1:
+            return
+        self._step = trainer.global_step + 1
         for saved, buffer in zip(self._saved, self._buffers, strict=True):
             saved.copy_(buffer)
 
@@ -94,6 +98,8 @@ class StopAtNonFinite(L.Callback):
             buffer.copy_(saved)
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all processes ask
         path = write_batch(folder, self._step, trainer.fit_loop.total_batch_idx, batch)
+        if trainer.world_size > 1:
+            path = path.with_stem(path.stem.replace(f"-rank{trainer.global_rank}", "-rank*"))
         texts = gather_texts(_describe(trainer, batch, bad_rows(outputs, batch)))
         self._error = FloatingPointError(self._sentence(trainer, pl_module, texts, path))
         raise self._error
@@ -103,7 +109,7 @@ class StopAtNonFinite(L.Callback):
         return (
             f"training stopped at step {self._step}: {self._what_is_bad(trainer.accumulate_grad_batches)}; texts "
             f"without a finite loss: {named or 'none known'}; the largest weight is {largest_weight(module):.4g}. The "
-            f"batch is in {path} and the last checkpoint is as it was: look at these texts, or go on from it with "
+            f"batch is in {path}, and the last checkpoint is as it was: look at these texts, or go on from it with "
             "--ckpt_path and a lower learning rate, gradient clipping or a higher precision"
         )
 
