@@ -1,5 +1,6 @@
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 
 from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.data.cache import cached_folder, default_cache_dir
+from crocodil.data.canonical_functions import CanonicalFunctions
 from crocodil.data.codec import byte_level_bpe
 from crocodil.data.corpora import Split, folder_files, split_of, standard_library_files
-from crocodil.data.datamodule import CanonicalFunctions, SourceText
+from crocodil.data.text_corpus import TextCorpus
 
 EOS, BOS = 0, 1
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -40,7 +42,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def make(kind: str, folder: Path, cache_dir: Path, seed: int = 0, length: int = 64) -> BlockDataModule:
     if kind == "functions":
         return CanonicalFunctions(length, 16, folder=str(folder), cache_dir=str(cache_dir), seed=seed)
-    return SourceText(length, 16, folder=str(folder), vocab_size=400, cache_dir=str(cache_dir), seed=seed)
+    return TextCorpus(length, 16, str(folder), vocab_size=400, split_by="name", cache_dir=str(cache_dir), seed=seed)
 
 
 def rows(datamodule: BlockDataModule, split: Split) -> list[tuple[int, ...]]:
@@ -51,8 +53,8 @@ def batches(loader: torch.utils.data.DataLoader) -> torch.Tensor:
     return torch.cat([batch["token_ids"] for batch in loader])
 
 
-def test_no_item_occurs_twice_within_or_between_splits(kind: str, corpus: Path, cache: Path) -> None:
-    datamodule = make(kind, corpus, cache)
+def test_no_function_occurs_twice_within_or_between_splits(corpus: Path, cache: Path) -> None:
+    datamodule = make("functions", corpus, cache)
     found = [row for split in SPLITS for row in rows(datamodule, split)]
     assert len(found) > 300
     assert len(found) == len(set(found))
@@ -72,7 +74,6 @@ def test_a_function_is_bos_its_tokens_and_eos(corpus: Path, cache: Path) -> None
 
 
 def test_blocks_of_text_join_to_the_files(corpus: Path, cache: Path) -> None:
-    """Of equal blocks the one of the test split is kept, so none of a test file is missing."""
     datamodule = make("text", corpus, cache)
     joined: list[list[int]] = []
     for row in rows(datamodule, "test"):
@@ -81,7 +82,7 @@ def test_blocks_of_text_join_to_the_files(corpus: Path, cache: Path) -> None:
         joined[-1] += row
     for token_ids in joined:
         assert BOS not in token_ids[1:]
-        assert set(token_ids[token_ids.index(EOS) :]) == {EOS}
+        assert EOS not in token_ids or set(token_ids[token_ids.index(EOS) :]) == {EOS}
     files = [file for file in folder_files(corpus) if split_of(file.name) == "test"]
     assert [datamodule.codec.decode(ids).encode() for ids in joined] == [file.path.read_bytes() for file in files]
 
@@ -90,7 +91,7 @@ def test_a_file_that_fills_its_block_leaves_no_block_of_eos(tmp_path: Path) -> N
     names = [f"module_{number}.py" for number in range(60)]
     for name in names:
         (tmp_path / name).write_text(f"{names.index(name):02d}" + "é" * 4)
-    datamodule = SourceText(11, 1, folder=str(tmp_path), vocab_size=260, cache_dir=str(tmp_path / "cache"))
+    datamodule = TextCorpus(11, 1, str(tmp_path), vocab_size=260, cache_dir=str(tmp_path / "cache"))
     assert sum(len(datamodule.blocks(split)) for split in SPLITS) == len(names)
 
 
@@ -114,7 +115,7 @@ def test_loaders_give_int64_batches_in_order(kind: str, corpus: Path, cache: Pat
         assert len(blocks) % 16 != 0  # so that the last partial batch counts
         assert torch.equal(batches(loader), blocks)
         batch = next(iter(loader))
-        assert list(batch) == ["token_ids"]
+        assert list(batch) == ["token_ids", "origins"]
         assert batch["token_ids"].dtype == torch.int64 and batch["token_ids"].shape[1] == datamodule.length
 
 
@@ -137,7 +138,8 @@ def test_training_loader_drops_the_partial_batch_and_repeats_nothing(kind: str, 
     seen = batches(datamodule.train_dataloader())
     known = rows(datamodule, "train")
     assert len(known) % 16 != 0
-    assert len(seen) == len(known) // 16 * 16 == len({tuple(row) for row in seen.tolist()} & set(known))
+    assert len(seen) == len(known) // 16 * 16
+    assert Counter(tuple(row) for row in seen.tolist()) <= Counter(known)
 
 
 class Recorder(LightningModule):
@@ -183,7 +185,7 @@ def test_two_builds_are_byte_equal(kind: str, corpus: Path, cache: Path, tmp_pat
     first = make(kind, corpus, cache)._prepared_folder()
     second = make(kind, copy, tmp_path / "cache")._prepared_folder()
     names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
-    assert len(names) == (4 if kind == "functions" else 7)
+    assert len(names) == (14 if kind == "functions" else 17)
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
@@ -215,7 +217,8 @@ def test_bpe_learns_from_the_training_split_alone(tmp_path: Path) -> None:
     for name in names:
         word = {"train": "zqzqzq", "val": "jxjxjx", "test": "vkvkvk"}[split_of(name)]
         (tmp_path / name).write_text(f"{word} {names.index(name)}\n" * 20)
-    codec = SourceText(folder=str(tmp_path), vocab_size=270, cache_dir=str(tmp_path / "cache")).codec
+    settings = {"vocab_size": 270, "split_by": "name", "cache_dir": str(tmp_path / "cache")}
+    codec = TextCorpus(sources=str(tmp_path), **settings).codec
     assert [len(codec.encode(word)) for word in ("zqzqzq", "jxjxjx", "vkvkvk")] == [1, 6, 6]
     assert len(byte_level_bpe(["jxjxjx\n" * 20], 265).encode("jxjxjx")) < 6  # had it been seen, it would be merged
 
@@ -244,9 +247,9 @@ def test_summary_is_logged_once(kind: str, corpus: Path, tmp_path: Path, caplog:
     with caplog.at_level(logging.INFO):
         make(kind, copy, tmp_path / "cache").prepare_data()
         make(kind, copy, tmp_path / "cache").prepare_data()
-    (line,) = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "not utf8" in record.getMessage()]
     counts = make(kind, copy, tmp_path / "cache")
-    assert "files 121, " in line and "skipped files 1 not utf8." in line
+    assert "files 121, " in line and ("skipped files" if kind == "functions" else "left out") + " 1 not utf8." in line
     for split in SPLITS:
         assert f"{split} {len(counts.blocks(split))}, " in line
 
@@ -275,8 +278,10 @@ def test_test_stage_needs_the_test_split_alone(tmp_path: Path) -> None:
 
 def test_too_large_a_vocabulary_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(FUNCTION)
-    with pytest.raises(ValueError, match="enough text for vocab_size 2048, got 1 files"):
-        SourceText(folder=str(tmp_path), cache_dir=str(tmp_path / "cache")).prepare_data()
+    with pytest.raises(ValueError, match="enough text for vocab_size 2048, got 1 documents"):
+        TextCorpus(
+            sources=str(tmp_path), val_percent=0, test_percent=0, cache_dir=str(tmp_path / "cache")
+        ).prepare_data()
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -285,7 +290,7 @@ def test_numbers_out_of_range_are_value_errors(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least .*, got -1"):
         CanonicalFunctions(**{name: -1})
     with pytest.raises(ValueError, match="vocab_size must be at least 260, got 259"):
-        SourceText(vocab_size=259)
+        TextCorpus(vocab_size=259)
 
 
 def test_unwritable_cache_is_one_clear_error(corpus: Path, tmp_path: Path) -> None:
@@ -303,8 +308,8 @@ def test_default_cache_follows_the_environment(tmp_path: Path, monkeypatch: pyte
 
 
 def test_of_two_builders_the_first_to_finish_wins(tmp_path: Path) -> None:
-    def build(folder: Path) -> None:
-        cached_folder(tmp_path, "name", lambda other: np.save(other / "a.npy", np.array(1)))
+    def build(folder: Path, parts: Path) -> None:
+        cached_folder(tmp_path, "name", lambda other, _: np.save(other / "a.npy", np.array(1)))
         np.save(folder / "a.npy", np.array(2))
 
     assert np.load(cached_folder(tmp_path, "name", build) / "a.npy") == 1
@@ -312,7 +317,7 @@ def test_of_two_builders_the_first_to_finish_wins(tmp_path: Path) -> None:
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    def build(folder: Path) -> None:
+    def build(folder: Path, parts: Path) -> None:
         (folder / "half").write_text("")
         raise KeyError
 
