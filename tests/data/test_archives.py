@@ -4,6 +4,7 @@ import os
 import stat
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_unsafe_members_of_a_zip_are_counted(put: Put, read: Callable[..., Any])
     link = zipfile.ZipInfo("link.txt")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
     folder = zipfile.ZipInfo("folder/")
-    content = zipped((folder, b""), ("good.txt", b"good"), (link, b"/etc/passwd"), *((name, b"evil") for name in UNSAFE))
+    content = zipped(
+        (folder, b""), ("good.txt", b"good"), (link, b"/etc/passwd"), *((name, b"evil") for name in UNSAFE)
+    )
     records, skipped = read(put("a.zip", content))
     assert records == [{"text": "good", "name": "a.zip:good.txt", "folder": ""}]
     assert skipped == SkipCount(unsafe=1 + len(UNSAFE))
@@ -152,6 +155,19 @@ def test_a_large_member_between_small_ones_is_passed_over(put: Put, read: Callab
     content = tar(("a", b"a"), ("large", bytes(2**23)), ("b", b"b"), ("c", bytes(2**21 + 1)), ("d", b"d"))
     records, skipped = read(put("a.tgz", gzip.compress(content)), max_document_bytes=LIMIT)
     assert texts(records) == ["a", "b", "d"] and skipped == SkipCount(too_large=2)
+
+
+def test_a_tar_of_many_members_and_a_large_one_takes_little_memory(put: Put, read: Callable[..., Any]) -> None:
+    content = tar(*((f"{number}", b"") for number in range(2000)), ("large", bytes(2**23)))
+    file = put("a.tar", content)
+    tracemalloc.start()
+    try:
+        _, skipped = read(file, max_document_bytes=LIMIT)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert skipped == SkipCount(empty=2000, too_large=1)
+    assert peak < 2**20, peak
 
 
 def test_a_damaged_member_of_a_zip_costs_itself_alone(put: Put, read: Callable[..., Any]) -> None:

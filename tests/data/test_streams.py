@@ -5,7 +5,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crocodil.data.streams import STREAM_ERRORS, bounded_lines, decompressed, format_of
@@ -71,6 +71,7 @@ def test_an_xz_file_that_asks_for_a_gigabyte_is_refused() -> None:
         decompressed(io.BytesIO(bytes(asking)), ".xz").read()
 
 
+@settings(deadline=None)
 @given(
     content=st.lists(st.sampled_from([b"\n", b"\r", b"a", b"bcd", "é".encode(), b"\xe2\x80\xa8"])).map(b"".join),
     max_bytes=st.integers(1, 9),
@@ -87,3 +88,9 @@ def test_lines_of_a_range_are_those_that_begin_in_it(
         if first <= start and (stop is None or start < stop)
     ]
     assert list(bounded_lines(io.BytesIO(content), max_bytes, first, stop)) == expected
+
+
+def test_a_range_within_a_line_does_not_read_the_whole_line() -> None:
+    file = io.BytesIO(b"x" * 2**20)
+    assert list(bounded_lines(file, 10, 100, 200)) == []
+    assert file.tell() < 2**17
