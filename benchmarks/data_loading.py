@@ -3,9 +3,9 @@
     python benchmarks/data_loading.py [--seconds 10] [--length 64] [--batch_size 64]
 
 Reads the standard library as a `TextCorpus`, memory-mapped and streamed, in each layout and with 0 and 2 workers, and
-trains the quickstart's demasker (forward, backward and optimizer) in the same run. Padding does not count as tokens. Then
-it trains the same demasker on canonical functions, whose lengths vary, in rows of 128 tokens: how many real tokens a
-second each layout trains on, against rows padded to the full length. The last line printed is one JSON object.
+trains the quickstart's demasker (forward, backward and optimizer) in the same run. Padding does not count as tokens.
+Then it trains the same demasker on canonical functions, whose lengths vary, in rows of 128 tokens: how many real tokens
+a second each layout trains on, against rows padded to the full length. The last line printed is one JSON object.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from typing import Any
 
 import lightning as L
@@ -105,19 +105,15 @@ def main() -> None:
     print(f"the quickstart's demasker trains on {consumed:,.0f} tokens a second")
     loaders: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as cache:
-        for streaming in (False, True):
-            for name, layout in LAYOUTS.items():
-                for workers in (0, 2):
-                    data = TextCorpus(
-                        options.length, options.batch_size, streaming=streaming, cache_dir=cache, num_workers=workers, **layout
-                    )  # fmt: skip
-                    data.prepare_data()
-                    loader = data.train_dataloader()
-                    key = f"{'streamed' if streaming else 'mapped'}, {name}, {workers} workers"
-                    loaders[key] = tokens_per_second(forever(loader), options.seconds, data.vocabulary.eos_token_id)
-                    print(
-                        f"{key:38} {loaders[key]:14,.0f} tokens a second, {loaders[key] / consumed:8.1f} times as many"
-                    )
+        for streaming, name, workers in product((False, True), LAYOUTS, (0, 2)):
+            settings = {"streaming": streaming, "num_workers": workers, "cache_dir": cache, **LAYOUTS[name]}
+            data = TextCorpus(options.length, options.batch_size, **settings)
+            data.prepare_data()
+            batches = forever(data.train_dataloader())
+            key = f"{'streamed' if streaming else 'mapped'}, {name}, {workers} workers"
+            loaders[key] = tokens_per_second(batches, options.seconds, data.vocabulary.eos_token_id)
+            ratio = loaders[key] / consumed
+            print(f"{key:38} {loaders[key]:14,.0f} tokens a second, {ratio:8.1f} times as many")
     layouts = {}
     for name, layout in LAYOUTS.items():
         data = CanonicalFunctions(options.layout_length, 32, **layout)
