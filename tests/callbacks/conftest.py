@@ -72,6 +72,12 @@ def toy() -> type[Toy]:
     return Toy
 
 
+@pytest.fixture(scope="session")
+def memory() -> type[Memory]:
+    """The class `Memory`."""
+    return Memory
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., list[tuple[int, dict[str, float]]]]:
     """`rows = train(module, batches, *callbacks, **options)`: a fit on exactly these batches, and what was logged."""

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_bins_are_those_of_a_loop(toy: Any, train: Callable[..., Rows]) -> None:
     assert [step for step, _ in rows] == [2, 5]
     for (_, figures), part in zip(rows, (data[:3], data[3:]), strict=True):
         expected = {}
-        for low, high in zip(ENDS, ENDS[1:], strict=False):
+        for low, high in pairwise(ENDS):
             nats = tokens = 0.0
             for batch in part:
                 for ratio, loss, number in zip(*(batch[f"out_{n}"] for n in NAMES), strict=True):

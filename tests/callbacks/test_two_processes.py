@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -115,3 +118,42 @@ def test_both_stop_at_a_batch_of_one(accumulate: int, toy: Any, train: Callable[
     for rank in (0, 1):
         content = load_file(tmp_path / f"nonfinite-step-{step}-rank{rank}.safetensors")
         assert content["token_ids"].eq(99).any() == (rank == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_sharded_networks_have_the_same_figures(stage: str, tiny_system: Any, tmp_path: Path) -> None:
+    """FSDP2: norms of shards, gathered losses; the step is counted in shards as well."""
+
+    def run(name: str, *options: str) -> dict[str, float]:
+        logger = f"""
+trainer:
+  max_steps: 6
+  log_every_n_steps: 6
+  gradient_clip_val: 0.5
+  logger:
+    class_path: lightning.pytorch.loggers.CSVLogger
+    init_args: {{save_dir: {tmp_path / name}, name: "", version: ""}}
+  callbacks:
+    - class_path: crocodil_callbacks.GradientNorm
+    - class_path: crocodil_callbacks.LossByMaskRatio
+      init_args: {{num_bins: 2}}
+    - class_path: crocodil_callbacks.LatentStatistics
+    - class_path: crocodil_callbacks.StopAtNonFinite
+    - class_path: crocodil_callbacks.Throughput
+      init_args: {{warmup_steps: 2, peak_flops: 1.0e+9}}
+"""
+        (tmp_path / f"{name}.yaml").write_text(logger)
+        given = [f"--config={tmp_path / f'{name}.yaml'}", f"--trainer.default_root_dir={tmp_path / name}", *options]
+        command = [sys.executable, "-m", "crocodil.cli", *tiny_system.arguments("fit", stage, *given)]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=200)
+        return figures(tmp_path / name)
+
+    one = run("one", "--data.init_args.batch_size=16")
+    two = run("two", "--data.init_args.batch_size=8", "--trainer.strategy=fsdp2", "--trainer.devices=2")
+    assert one.keys() == two.keys()
+    timed = {"step_seconds", "data_wait_share", "tokens_per_second", "texts_per_second", "flop_utilisation"}
+    same = {name for name in one if name not in timed and "val" not in name}
+    assert {n: two[n] for n in same} == pytest.approx({n: one[n] for n in same}, rel=2e-3, abs=1e-4)
+    work = [found["flop_utilisation"] * found["step_seconds"] for found in (one, two)]
+    assert work[0] == pytest.approx(2 * work[1], rel=0.05)  # twice as many devices
