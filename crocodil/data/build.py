@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -17,7 +17,7 @@ from rich.progress import track
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import HELD_OUT_FIRST, SkipCount, Split
-from crocodil.data.near_duplicates import is_near_duplicate
+from crocodil.data.near_duplicates import check_threshold, is_near_duplicate
 from crocodil.data.rows import cut
 from crocodil.data.sources import Corpus, Document
 from crocodil.data.tokens import flat, token_dtype, tokens_file, write_split
@@ -39,12 +39,19 @@ class Recipe:
         max_tokens: longer ones are left out; None for no limit.
         near_duplicates: estimated Jaccard similarity from which on a document counts as a copy; None keeps all that are
             not equal.
+
+    Raises:
+        ValueError: if near duplicates are to be found, but cannot be.
     """
 
     length: int
     min_tokens: int = 2
     max_tokens: int | None = None
     near_duplicates: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.near_duplicates is not None:
+            check_threshold(self.near_duplicates)
 
 
 def build(folder: Path, aside: Path, corpus: Corpus, codec: TextCodec, recipe: Recipe) -> dict[str, int | str]:
@@ -65,7 +72,7 @@ def build(folder: Path, aside: Path, corpus: Corpus, codec: TextCodec, recipe: R
     for path, shards in _bar(list(zip(done, parts, strict=True)), "Tokenising"):
         if not path.is_dir():
             write = partial(_write_part, corpus=corpus, shards=shards, codec=codec, recipe=recipe)
-            _write_whole(path, write)
+            write_whole(path, write)
     counts = _merge(folder, corpus, done, codec.vocabulary.size, recipe)
     return counts
 
@@ -83,8 +90,13 @@ def _parts(corpus: Corpus) -> list[list[int]]:
     return parts
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder that has its name only when it is whole."""
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder that has its name only when it is whole.
+
+    Args:
+        path: the folder, absent; of two processes that write it one wins.
+        write: fills the folder that it is given.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
     try:
@@ -150,41 +162,40 @@ def text_hash(text: str) -> int:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What the parts hold together, (N,) each: which documents there are, and in which part their tokens lie."""
+    """What the parts hold together: (N, 4) documents, (N,) tokens of each, and (P + 1,) where each part begins."""
 
     paths: Sequence[Path]
     kept: np.ndarray
     lengths: np.ndarray
-    part: np.ndarray
+    bounds: np.ndarray
 
     @classmethod
     def open(cls, paths: Sequence[Path]) -> "_Parts":
         lengths = [np.load(path / "lengths.npy") for path in paths]
-        part = np.repeat(np.arange(len(paths)), [len(of_it) for of_it in lengths])
-        return cls(paths, np.concatenate([np.load(p / "kept.npy") for p in paths]), np.concatenate(lengths), part)
+        kept = np.concatenate([np.load(path / "kept.npy") for path in paths])
+        return cls(paths, kept, np.concatenate(lengths), np.cumsum([0, *map(len, lengths)]))
 
     def tokens(self, number: int) -> np.ndarray:
         return np.load(self.paths[number] / "tokens.npy", mmap_mode="r")
 
     def texts(self, order: np.ndarray) -> Iterator[np.ndarray]:
         """Token ids of documents in any order that seldom changes the part."""
-        ends = np.cumsum(self.lengths)
-        before = np.concatenate([[0], ends])[np.searchsorted(self.part, np.arange(len(self.paths)))]
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        part_of = np.searchsorted(self.bounds, order, "right") - 1
         opened, tokens = -1, np.empty(0)
-        for document in order.tolist():
-            if (number := int(self.part[document])) != opened:
-                opened, tokens = number, self.tokens(number)
-            end = ends[document] - before[number]
-            yield np.asarray(tokens[end - self.lengths[document] : end])
+        for document, part in zip(order.tolist(), part_of.tolist(), strict=True):
+            if part != opened:
+                opened, tokens = part, self.tokens(part)
+            start = ends[document] - ends[self.bounds[part]]
+            yield np.asarray(tokens[start : start + self.lengths[document]])
 
     def copy(self, path: Path, mine: np.ndarray, dtype: np.dtype) -> None:
         """Writes the tokens of some documents (N,) bool as one file; memory holds one part of them."""
         shape = (int(self.lengths[mine].sum()),)
         target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         end = 0
-        for number in range(len(self.paths)):
-            here = self.part == number
-            tokens = self.tokens(number)[np.repeat(mine[here], self.lengths[here])]
+        for part, (first, last) in enumerate(pairwise(self.bounds.tolist())):
+            tokens = self.tokens(part)[np.repeat(mine[first:last], self.lengths[first:last])]
             target[end : end + len(tokens)] = tokens
             end += len(tokens)
         target.flush()

@@ -1,6 +1,7 @@
 """Near duplicates by MinHash (Broder, 1997) with locality-sensitive hashing; the library `rensa` does both."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -8,6 +9,21 @@ SHINGLE = 5
 NUM_PERM = 128
 NUM_BANDS = 32
 """Bands of four hashes: a pair at the threshold .8 is looked at with a probability above .9999."""
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuses before a corpus is read what would be refused behind it.
+
+    Args:
+        threshold: in (0, 1].
+
+    Raises:
+        ValueError: if the threshold is out of range or the library is absent.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"near_duplicates must be in (0, 1], got {threshold}.")
+    if find_spec("rensa") is None:
+        raise ValueError("near_duplicates needs the package rensa: pip install 'crocodil[data]'.")
 
 
 def is_near_duplicate(texts: Iterable[np.ndarray], threshold: float) -> np.ndarray:
@@ -22,14 +38,11 @@ def is_near_duplicate(texts: Iterable[np.ndarray], threshold: float) -> np.ndarr
         (N,) bool.
 
     Raises:
-        ValueError: if the threshold is out of range or the library is absent.
+        ValueError: see `check_threshold`.
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"near_duplicates must be in (0, 1], got {threshold}.")
-    try:
-        from rensa import RMinHash, RMinHashDeduplicator
-    except ImportError as error:
-        raise ValueError("near_duplicates needs the package rensa: pip install 'crocodil[data]'.") from error
+    check_threshold(threshold)
+    from rensa import RMinHash, RMinHashDeduplicator
+
     index = RMinHashDeduplicator(threshold, num_perm=NUM_PERM, use_lsh=True, num_bands=NUM_BANDS, seed=0)
     found = []
     for number, tokens in enumerate(texts):

@@ -24,6 +24,9 @@ class EpochOrder(DistributedSampler[int]):
         seed: at least 0.
         batch_size: rows of a batch of each process; batches of a "grouped" row format have rows of similar length.
         weights: of the sources, as shares of the rows of an epoch; None takes every row once.
+
+    Raises:
+        ValueError: if an epoch has no row.
     """
 
     def __init__(
@@ -33,6 +36,10 @@ class EpochOrder(DistributedSampler[int]):
         super().__init__(dataset, size, rank, seed=seed, drop_last=True)
         self.rows, self.weights = dataset, weights
         total = len(dataset) if weights is None else int(shares(dataset.bounds, weights).sum())
+        if not total:
+            raise ValueError(
+                f"sources with a weight above 0 must have rows, got {np.diff(dataset.bounds)} of weights {weights}."
+            )
         self.num_samples = total // size
         self.total_size = self.num_samples * size
         self.group = batch_size * size if dataset.row_format.layout == "grouped" else None

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from crocodil.data.corpora import SkipCount, SourceFile, Split, folder_files, split_of, standard_library_files
 from crocodil.data.readers import Record, Shard, list_shards, read_shard
@@ -28,12 +31,12 @@ class Source:
         hub_split: its split to read; validation and test texts are split off from it.
         column: where rows of a table have their text ("content" in StarCoder).
         keep: for each column the values that are kept, such as {"license": ["mit", "apache-2.0"]}; of a column that
-            holds lists, one kept value is enough.
-        weight: share of the source in an epoch, in units of the other sources' weights; None in all of them reads every
-            document once.
+            holds lists, one kept value is enough; numbers are compared as text.
+        weight: share of the source, in units of the other sources' weights: of the rows of an epoch, of the documents
+            of a stream; None in all of them reads every document once.
 
     Raises:
-        ValueError: if path and hub are both given, or the weight is negative.
+        ValueError: if path and hub are both given, or the weight is negative or not finite.
     """
 
     path: str | None = None
@@ -51,8 +54,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.path is not None and self.hub is not None:
             raise ValueError(f"a source is local or of the hub, got path {self.path!r} and hub {self.hub!r}.")
-        if self.weight is not None and self.weight < 0:
-            raise ValueError(f"the weight of a source must be at least 0, got {self.weight}.")
+        if self.weight is not None and not 0 <= self.weight < inf:
+            raise ValueError(f"the weight of a source must be finite and at least 0, got {self.weight}.")
 
     def files(self) -> list[SourceFile]:
         """The local files, sorted by name; none of a hub dataset.
@@ -66,7 +69,7 @@ class Source:
             return standard_library_files()
         path = Path(self.path).expanduser()
         if path.is_file():
-            return [SourceFile(path, path.name)]
+            return [SourceFile(path.resolve(), path.name)]  # a link that is named is meant
         visible = [file for file in folder_files(path, self.pattern) if not _is_hidden(file.name)]
         if not visible:
             raise ValueError(f"path must hold files that match {self.pattern!r}, got none in {self.path!r}.")
@@ -148,6 +151,13 @@ class HubReader:
             raise ValueError(explain(source.hub, error)) from error
         self.hub = source.hub
 
+    def _rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
+        dataset = self.dataset.shard(num_shards=self.dataset.num_shards, index=shard)
+        try:
+            yield from dataset.skip(start) if start else dataset
+        except Exception as error:  # see above
+            raise ValueError(explain(self.hub, error)) from error
+
     def names(self) -> list[str]:
         """See `Reader`."""
         return [f"{self.hub}, shard {i}" for i in range(self.dataset.num_shards)]
@@ -160,10 +170,8 @@ class HubReader:
         self, shard: int, column: str, columns: Sequence[str], skipped: SkipCount, start: int = 0
     ) -> Iterator[tuple[int, Record]]:
         """See `Reader`."""
-        dataset = self.dataset.shard(num_shards=self.dataset.num_shards, index=shard)
-        rows = iter(dataset.skip(start) if start else dataset)
         name = self.names()[shard]
-        for index, row in enumerate(rows, start):
+        for index, row in enumerate(self._rows(shard, start), start):
             if absent := [wanted for wanted in (column, *columns) if wanted not in row]:
                 raise ValueError(f"{self.hub} must have the column {absent[0]!r}, got {', '.join(row)}: name another.")
             text = row[column]
@@ -172,15 +180,21 @@ class HubReader:
 
 
 def explain(hub: str, error: Exception) -> str:
-    """One sentence about a dataset that cannot be opened: what to do, above all where access is gated."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    told = " ".join(str(part) for part in (error, error.__cause__, error.__context__)).lower()
-    if any(sign in told for sign in ("gated", "401", "403", "authenticated", "private")):
-        return (
-            f"{hub} is gated or private: accept its terms at https://huggingface.co/datasets/{hub}, then run "
-            f"`hf auth login` or set HF_TOKEN to a token of that account ({reason})"
-        )
-    return f"the dataset {hub} cannot be opened ({reason}): check its name, or download it and give its folder as path"
+    """One sentence about a dataset that cannot be read: what to do, above all where access is gated."""
+    told = list(_causes(error))
+    reason = next((lines[0] for lines in (str(each).strip().splitlines() for each in told) if lines), repr(error))
+    terms = f"accept its terms at https://huggingface.co/datasets/{hub}, then run `hf auth login` or set HF_TOKEN"
+    if any(isinstance(each, GatedRepoError) or "gated dataset" in str(each) for each in told):
+        return f"the dataset {hub} is gated: {terms} to a token of that account ({reason})"
+    if any(isinstance(each, RepositoryNotFoundError) for each in told):
+        return f"there is no dataset {hub}, or it is private: check its name, or run `hf auth login` ({reason})"
+    return f"the dataset {hub} cannot be read ({reason}): check its name, or download it and give its folder as path"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 class Document(NamedTuple):
@@ -242,7 +256,7 @@ class Corpus:
         """
         source, place = self.shards[shard]
         settings = self.sources[source]
-        own = {"text", "name", "folder", settings.column}
+        own = {"text", "name", "folder"}
         columns = [name for name in dict.fromkeys((*settings.keep, self.splitting.split_by)) if name not in own]
         for index, record in self.readers[source].read(place, settings.column, columns, skipped, start):
             if keeps(record, settings.keep):
@@ -256,6 +270,6 @@ def keeps(record: Mapping[str, Any], keep: Mapping[str, Sequence[str]]) -> bool:
     for column, allowed in keep.items():
         value = record[column]
         values = value if isinstance(value, list | tuple) else [value]
-        if not any(item in allowed for item in values):
+        if not any(str(item) in allowed for item in values):
             return False
     return True

@@ -7,6 +7,7 @@ So a run that goes on from a checkpoint sees the batches that it would have seen
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ from crocodil.ranks import rank_and_size
 
 CHUNK_CHARACTERS = 2**22
 """Text that a lane holds at a time, about: memory stays flat however long documents are."""
+EMPTY_PASSES = 8
+"""Passes without anything to train on after which a lane gives up; of few shards each pass gives it others."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """How far a lane has read a source.
+    """How far a lane has read a pool of shards.
 
     Args:
         passes: times it was read to the end.
@@ -46,8 +49,8 @@ class LaneState:
     """Where a lane stands: before the first row of a chunk of documents, and how many rows of it were given.
 
     Args:
-        cursors: of the sources, before the chunk.
-        drawn: documents before the chunk.
+        cursors: of the pools, before the chunk.
+        drawn: draws of a pool before the chunk.
         rows: rows of the chunk that were given.
         begun: rows before the chunk that belong to a batch the chunk is to complete.
     """
@@ -77,6 +80,9 @@ class Row:
 
 class Lane:
     """One of several readers that share a corpus.
+
+    It reads pools of shards: one that holds the whole corpus, or one for each source where sources have weights, which
+    are their shares of the documents.
 
     Args:
         corpus: all of it.
@@ -108,12 +114,14 @@ class Lane:
         self.batch_size, self.number, self.num_lanes, self.seed = batch_size, number, num_lanes, seed
         self.shuffle_buffer, self.passes = shuffle_buffer, passes
         self.skipped = SkipCount()
-        weights = np.array([1.0 if source.weight is None else source.weight for source in corpus.sources])
-        self.shares = weights / weights.sum()
+        weights = [source.weight for source in corpus.sources if source.weight is not None]
+        sources = range(len(corpus.sources))
+        self.pools = [corpus.shards_of(source) for source in sources] if weights else [list(range(len(corpus.shards)))]
+        self.shares = np.array(weights or [1.0]) / sum(weights or [1.0])
 
     def start(self) -> LaneState:
         """Before the first document."""
-        return LaneState((Cursor(),) * len(self.corpus.sources))
+        return LaneState((Cursor(),) * len(self.pools))
 
     def batches(self, state: LaneState) -> Iterator[tuple[dict[str, Tensor], LaneState]]:
         """Batches from a state on, each with the state behind it."""
@@ -134,28 +142,42 @@ class Lane:
     def rows(self, state: LaneState) -> Iterator[tuple[Row, LaneState]]:
         """Rows from a state on, each with the state behind it."""
         read = self._documents(state)
+        last_row = state.cursors
         while True:
-            documents, cursors = self._take(read, state.cursors)
+            documents, behind = self._take(read, state)
             if not documents:
                 return
             rows = self._chunk(documents, state)
             for given, row in enumerate(rows[state.rows :], state.rows + 1):
                 yield row, replace(state, rows=given)
-            begun = (state.begun + len(rows)) % self.batch_size
-            state = LaneState(cursors, state.drawn + len(documents), 0, begun)
+            if rows:
+                last_row = behind.cursors
+            elif self.passes is None:
+                self._check_progress(last_row, behind.cursors)
+            state = replace(behind, begun=(state.begun + len(rows)) % self.batch_size)
 
-    def _take(
-        self, read: Iterator[tuple[Document, int, Cursor]], cursors: tuple[Cursor, ...]
-    ) -> tuple[list[Document], tuple[Cursor, ...]]:
-        """The documents of the next chunk, and the cursors behind it."""
-        documents, behind, size = [], list(cursors), 0
-        for document, source, cursor in read:
+    def _take(self, read: Iterator[tuple[Document, LaneState]], state: LaneState) -> tuple[list[Document], LaneState]:
+        """The documents of the next chunk, and the state behind it."""
+        documents, behind, size = [], state, 0
+        for document, after in read:
             documents.append(document)
-            behind[source] = cursor
+            behind = after
             size += len(document.text)
             if len(documents) == self.shuffle_buffer or size >= CHUNK_CHARACTERS:
                 break
-        return documents, tuple(behind)
+        return documents, behind
+
+    def _check_progress(self, before: Sequence[Cursor], now: Sequence[Cursor]) -> None:
+        passes = [n.passes - b.passes for b, n, share in zip(before, now, self.shares, strict=True) if share > 0]
+        if min(passes) > EMPTY_PASSES:
+            raise ValueError(self._nothing("that has the length asked for (min_tokens, max_tokens)"))
+
+    def _nothing(self, what: str) -> str:
+        return (
+            f"the stream must have a training document {what} for each of {self.num_lanes} lanes (processes times "
+            f"workers), got none for lane {self.number + 1} in {EMPTY_PASSES} passes (left out: {self.skipped}): "
+            "give more files, or fewer num_workers."
+        )
 
     def _chunk(self, documents: Sequence[Document], state: LaneState) -> list[Row]:
         """The rows of a chunk in the order in which they are given: a function of the documents and the state."""
@@ -176,43 +198,43 @@ class Lane:
             rows = [rows[i] for i in grouped_order(pieces[:, 1], self.batch_size, generator, min(first, len(rows)))]
         return rows
 
-    def _documents(self, state: LaneState) -> Iterator[tuple[Document, int, Cursor]]:
-        """Training documents from a state on, the source of each, and that source's cursor behind it."""
-        sources = [self._source(number, cursor) for number, cursor in enumerate(state.cursors)]
-        open_sources = self.shares > 0
-        drawn = state.drawn
-        while open_sources.any():
-            shares = np.where(open_sources, self.shares, 0.0)
-            chosen = 0
-            if len(sources) > 1:
-                point = np.random.default_rng((self.seed, self.number, drawn, 1)).random() * shares.sum()
-                chosen = min(int(np.searchsorted(shares.cumsum(), point, "right")), len(shares) - 1)
-            found = next(sources[chosen], None)
-            if found is None:
-                open_sources[chosen] = False
+    def _documents(self, state: LaneState) -> Iterator[tuple[Document, LaneState]]:
+        """Training documents from a state on, each with the state behind it."""
+        pools = [self._pool(number, cursor) for number, cursor in enumerate(state.cursors)]
+        cursors, is_open = list(state.cursors), self.shares > 0
+        for drawn in count(state.drawn):
+            if not is_open.any():
+                return
+            chosen = self._draw(drawn)
+            if (found := next(pools[chosen], None)) is None:
+                is_open[chosen] = False
                 continue
-            drawn += 1
-            yield found[0], chosen, found[1]
+            document, cursors[chosen] = found
+            yield document, LaneState(tuple(cursors), drawn + 1)
 
-    def _source(self, source: int, cursor: Cursor) -> Iterator[tuple[Document, Cursor]]:
-        """This lane's training documents of one source, pass after pass."""
-        shards = self.corpus.shards_of(source)
+    def _draw(self, number: int) -> int:
+        if len(self.pools) == 1:
+            return 0
+        point = np.random.default_rng((self.seed, self.number, number, 1)).random()
+        ends = self.shares.cumsum()
+        return int(np.searchsorted(ends / ends[-1], point, "right"))
+
+    def _pool(self, pool: int, cursor: Cursor) -> Iterator[tuple[Document, Cursor]]:
+        """This lane's training documents of one pool, pass after pass."""
+        shards, num_empty = self.pools[pool], 0
         while self.passes is None or cursor.passes < self.passes:
-            order = np.random.default_rng((self.seed, source, cursor.passes)).permutation(shards).tolist()
+            order = np.random.default_rng((self.seed, pool, cursor.passes)).permutation(shards).tolist()
             whole = len(order) >= self.num_lanes  # else every lane reads all shards, and takes its part of the records
             mine = order[self.number :: self.num_lanes] if whole else order
-            is_empty = cursor == Cursor(cursor.passes)
+            num_empty = num_empty + 1 if cursor == Cursor(cursor.passes) else 0
             for place in range(cursor.shard, len(mine)):
                 start = cursor.record if place == cursor.shard else 0
                 for document in self.corpus.documents(mine[place], self.skipped, start):
                     if document.split == "train" and (whole or document.record % self.num_lanes == self.number):
-                        is_empty = False
+                        num_empty = 0
                         yield document, Cursor(cursor.passes, place, document.record + 1)
-            if is_empty and self.passes is None:
-                raise ValueError(
-                    f"source {source + 1} of the stream has no training document for lane {self.number + 1} of "
-                    f"{self.num_lanes} (processes times workers): give more files, or fewer num_workers."
-                )
+            if num_empty == EMPTY_PASSES and self.passes is None:
+                raise ValueError(self._nothing("in each of its sources"))
             cursor = Cursor(cursor.passes + 1)
 
 
@@ -255,7 +277,7 @@ class StreamLoader(DataLoader[Any]):
     def __init__(self, stream: TokenStream, batches_per_epoch: int | None, **options: Any) -> None:
         super().__init__(stream, batch_size=None, **options)
         self.stream, self.batches_per_epoch = stream, batches_per_epoch
-        self._given = 0
+        self._given = self._begin_at = 0
         self._skipped: dict[int, dict[str, int]] = {}
 
     def __len__(self) -> int:
@@ -288,6 +310,8 @@ class StreamLoader(DataLoader[Any]):
         """
         rank, size = rank_and_size()
         processes = state["processes"]
+        self._given = state["given"]
+        self._begin_at = 0 if self._given == self.batches_per_epoch else self._given
         if len(processes) != size or len(processes[0]["lanes"]) != len(self.stream.lanes):
             warnings.warn(
                 f"the stream was read by {len(processes)} processes in {len(processes[0]['lanes'])} lanes each, now by "
@@ -300,12 +324,11 @@ class StreamLoader(DataLoader[Any]):
             cursors = (Cursor(passes),) * len(fresh[0].cursors)
             self.stream.states = [replace(lane, cursors=cursors) for lane in fresh]
             return
-        self._given = state["given"]
         self.stream.first = processes[rank]["first"]
         self.stream.states = [LaneState.from_plain(plain) for plain in processes[rank]["lanes"]]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        self._given = 0 if self._given == self.batches_per_epoch else self._given
+        self._given, self._begin_at = self._begin_at, 0
         for number, state, skipped, batch in super().__iter__():
             self.stream.states[number] = LaneState.from_plain(state)
             self.stream.first = (number + 1) % len(self.stream.lanes)
