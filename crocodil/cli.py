@@ -28,6 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(
         commands.add_parser("plan", help="memory and FLOPs of a training run, without its GPU", allow_abbrev=False)
     )
+    _add_encode(
+        commands.add_parser("encode", help="store the latents of a prior's corpus: --config ...", allow_abbrev=False)
+    )
     _add_interpolate(commands.add_parser("interpolate", help="texts between two texts, by their registers"))
     _add_registers(commands.add_parser("registers", help="what each register of a text holds"))
     _add_neighbours(commands.add_parser("neighbours", help="texts of a corpus with the most similar registers"))
@@ -89,6 +92,19 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--world_size", type=int, default=1, help="GPUs that share the weights (FSDP2); default: 1")
     parser.add_argument("--batch_size", type=int, help="texts on each GPU; default: as configured")
     parser.add_argument("--json", action="store_true", help="print one JSON object, memory in bytes")
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Encodes the corpus of a prior once; its training takes the folder by --data.init_args.latents=DIR. Killed and "
+        "started again, it goes on. Further options are those of `crocodil fit` (--model.x, --data.x, --trainer.x)."
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="YAML", help="as for fit; repeatable")
+    parser.add_argument("--output", required=True, metavar="DIR", help="holds a folder for each split")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--shard_rows", type=int, help="texts in a file; default: as many as 256 MB hold")
+    parser.add_argument("--dry_run", action="store_true", help="tell sizes and time, write nothing")
 
 
 def _add_quickstart(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +191,7 @@ def run(arguments: Sequence[str]) -> None:
     known, others = parser.parse_known_args(arguments)
     options = vars(known)
     command = options.pop("command")
-    if others and command != "plan":
+    if others and command not in ("plan", "encode"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if command == "sample":
         from crocodil.commands import sample
@@ -189,6 +205,10 @@ def run(arguments: Sequence[str]) -> None:
         from crocodil.planner.command import plan
 
         plan(overrides=others, **options)
+    elif command == "encode":
+        from crocodil.encode import encode
+
+        encode(overrides=others, **options)
     elif command in ("interpolate", "registers", "neighbours"):
         from crocodil.latents import commands
 

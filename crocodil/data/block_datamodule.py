@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from crocodil.data.cache import cache_key, cached_folder
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import SourceFile, Split
+from crocodil.data.latent_store import LatentStore
 from crocodil.data.order import EpochOrder, ResumableLoader
 from crocodil.data.rows import Layout, RowFormat, pack
 from crocodil.data.tokens import Packs, TokenDataset, TokenStore, whole_batch, write_packs
@@ -42,9 +43,11 @@ class BlockDataModule(LightningDataModule, ABC):
         seed: seed of the shuffle.
         layout: of the training batches, see `RowFormat`.
         hide_padding: see `RowFormat`.
+        latents: folder of `crocodil encode`; batches of the splits that it holds, the training split at least, have
+            "latents" (N, K, D) float32 of their N texts. None for none.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or the latents of a text depend on its batch (`RowFormat.alone`).
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class BlockDataModule(LightningDataModule, ABC):
         seed: int,
         layout: Layout = "padded",
         hide_padding: bool = False,
+        latents: str | None = None,
     ) -> None:
         super().__init__()
         require_at_least("length", length, 4)
@@ -68,6 +72,9 @@ class BlockDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.row_format = RowFormat(length, self.vocabulary.eos_token_id, layout, hide_padding)
+        self.latents = latents
+        if latents is not None:
+            self.row_format.alone()
         self._folder: Path | None = None
 
     @property
@@ -142,12 +149,12 @@ class BlockDataModule(LightningDataModule, ABC):
             split: "train", "val" or "test".
 
         Raises:
-            ValueError: if the split is too small.
+            ValueError: if the split is too small, or its latents are not its own.
         """
         is_train = split == "train"
         row_format = self.row_format if is_train else self.row_format.held_out()
         packs = self._packs(split) if row_format.layout == "packed" else None
-        dataset = TokenDataset(self.store(split), row_format, packs)
+        dataset = TokenDataset(self.store(split), row_format, packs, self.latent_store(split))
         least = self.batch_size * rank_and_size()[1] if is_train else 1
         if len(dataset) < least:
             counts = json.loads((self._prepared_folder() / SUMMARY_FILE).read_text())
@@ -156,6 +163,50 @@ class BlockDataModule(LightningDataModule, ABC):
                 f"({_in_words(counts)}): give more files, or a smaller batch_size."
             )
         return dataset
+
+    @property
+    def corpus_name(self) -> str:
+        """Name of the prepared corpus, which tells it from every other."""
+        return self._prepared_folder().name
+
+    def latent_store(self, split: Split) -> LatentStore | None:
+        """The stored latents of a split; None without `latents`, or for a held-out split that was not encoded.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Raises:
+            ValueError: if those of the training split are absent, or some are not of these texts.
+        """
+        if self.latents is None:
+            return None
+        folder = Path(self.latents) / split
+        if split != "train" and not folder.exists():
+            return None
+        store = LatentStore(folder)
+        self._check(store, corpus=self.corpus_name, split=split, hides_padding=self.row_format.hides_padding)
+        return store
+
+    def check_latents(self, encoder: str) -> None:
+        """Refuses stored latents of another encoder.
+
+        Args:
+            encoder: fingerprint of the one that is in use.
+
+        Raises:
+            ValueError: if one of the splits has others.
+        """
+        for split in get_args(Split):
+            if self.latents is not None and (Path(self.latents) / split).exists():
+                self._check(LatentStore(Path(self.latents) / split), encoder=encoder)
+
+    @staticmethod
+    def _check(store: LatentStore, **expected: Any) -> None:
+        if differing := store.record.differences(**expected):
+            raise ValueError(
+                f"the latents in {store.folder} are of others: {differing}; give the folder that `crocodil encode` "
+                "wrote with this configuration, or let it write a new one."
+            )
 
     def _packs(self, split: Split) -> Packs:
         store = self.store(split)

@@ -41,6 +41,7 @@ class CanonicalFunctions(BlockDataModule):
         seed: seed of the shuffle.
         layout: of the training batches, see `RowFormat`.
         hide_padding: see `RowFormat`.
+        latents: folder of `crocodil encode`; see `BlockDataModule`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -59,8 +60,9 @@ class CanonicalFunctions(BlockDataModule):
         seed: int = 0,
         layout: Layout = "padded",
         hide_padding: bool = False,
+        latents: str | None = None,
     ) -> None:
-        super().__init__(length, batch_size, cache_dir, num_workers, seed, layout, hide_padding)
+        super().__init__(length, batch_size, cache_dir, num_workers, seed, layout, hide_padding, latents)
         require_at_least("min_tokens", min_tokens, 1)
         if max_functions is not None:
             require_at_least("max_functions", max_functions, 1)

@@ -48,6 +48,26 @@ class RowFormat:
             return self
         return RowFormat(self.length, self.eos_token_id, "grouped", hide_padding=True)
 
+    @property
+    def hides_padding(self) -> bool:
+        """Whether networks do not see the tail of a row."""
+        return self.hide_padding or self.layout == "packed"
+
+    def alone(self) -> "RowFormat":
+        """The format that gives each text, one a row, the latents that it has in training.
+
+        Raises:
+            ValueError: if these depend on the batch the text is in.
+        """
+        if self.hides_padding:
+            return RowFormat(self.length, self.eos_token_id, "grouped", hide_padding=True)
+        if self.layout == "grouped":
+            raise ValueError(
+                "stored latents need layout=grouped to go with hide_padding=true: else the end tokens behind a text, "
+                "which the encoder reads, are as many as its batch is wide."
+            )
+        return self
+
     def collate(self, rows: Sequence[Sequence[np.ndarray]]) -> dict[str, Tensor]:
         """A batch of rows, each of one or more texts.
 
@@ -70,7 +90,7 @@ class RowFormat:
                 numbers[start : start + len(text)] = number
                 start += len(text)
         batch = {"token_ids": torch.from_numpy(token_ids)}
-        if self.hide_padding or self.layout == "packed":
+        if self.hides_padding:
             batch["document_ids"] = torch.from_numpy(document_ids)
         return batch
 

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from crocodil.data.block_datamodule import NAMES_FILE, BlockDataModule, require_at_least
-from crocodil.data.build import Recipe, build, tokenize
+from crocodil.data.build import Recipe, build, tokenize, write_whole
 from crocodil.data.codec import BOS_ID, EOS_ID, MASK_ID, MIN_BPE_SIZE, TextCodec, byte_level_bpe
 from crocodil.data.corpora import SkipCount, SourceFile, Split
 from crocodil.data.rows import Layout, cut
@@ -61,6 +61,7 @@ class TextCorpus(BlockDataModule):
         seed: seed of the shuffle.
         layout: of the training batches, see `RowFormat`.
         hide_padding: see `RowFormat`.
+        latents: folder of `crocodil encode`; see `BlockDataModule`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -89,17 +90,20 @@ class TextCorpus(BlockDataModule):
         seed: int = 0,
         layout: Layout = "padded",
         hide_padding: bool = False,
+        latents: str | None = None,
     ) -> None:
         require_at_least("vocab_size", vocab_size, MIN_BPE_SIZE)
         self.vocab_size = vocab_size
         self.published = None if tokenizer is None else TextCodec.published(tokenizer, family)
-        super().__init__(length, batch_size, cache_dir, num_workers, seed, layout, hide_padding)
+        super().__init__(length, batch_size, cache_dir, num_workers, seed, layout, hide_padding, latents)
         for name, value in (("shuffle_buffer", shuffle_buffer), ("batches_per_epoch", batches_per_epoch)):
             require_at_least(name, value, 1)
         if streaming and near_duplicates is not None:
             raise ValueError(
                 "near_duplicates needs to see the whole corpus: set streaming=false, or stream deduplicated data."
             )
+        if streaming and latents is not None:
+            raise ValueError("stored latents are of a stored corpus: set streaming=false.")
         if val_percent < 0 or test_percent < 0 or val_percent + test_percent >= 100:
             raise ValueError(
                 f"val_percent and test_percent must leave a rest of 100, got {val_percent}, {test_percent}."
@@ -108,6 +112,8 @@ class TextCorpus(BlockDataModule):
             sources = [Source(path=sources)]
         if len({source.weight is None for source in sources}) != 1:
             raise ValueError("give a weight to every source or to none, and at least one source.")
+        if all(source.weight == 0 for source in sources):
+            raise ValueError("at least one source must have a weight above 0, got none.")
         self.sources = sources
         self.streaming = streaming
         self.recipe = Recipe(length, min_tokens, max_tokens, near_duplicates)
@@ -116,6 +122,7 @@ class TextCorpus(BlockDataModule):
         self.shuffle_buffer = shuffle_buffer
         self.batches_per_epoch = batches_per_epoch
         self._stream: StreamLoader | None = None
+        self._stream_state: dict[str, Any] | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -144,12 +151,19 @@ class TextCorpus(BlockDataModule):
         return [file for source in self.sources for file in source.files()]
 
     def _build(self, folder: Path, aside: Path, files: Sequence[SourceFile]) -> dict[str, int | str]:
-        codec = self.published or learn_codec(self.corpus, self.vocab_size)
+        codec = self.published or self._learned_codec(aside)
         codec.save_pretrained(folder / "codec")
         (folder / NAMES_FILE).write_text(json.dumps(self.corpus.names))
         if self.streaming:
             return hold_out(folder, self.corpus, codec, self.recipe, self.held_out_documents)
         return build(folder, aside, self.corpus, codec, self.recipe)
+
+    def _learned_codec(self, aside: Path) -> TextCodec:
+        """Learned once, even if a kill comes in between: finished parts hold tokens of this one."""
+        path = aside / "codec"
+        if not path.is_dir():
+            write_whole(path, learn_codec(self.corpus, self.vocab_size).save_pretrained)
+        return TextCodec.from_pretrained(path)
 
     def _weights(self) -> list[float] | None:
         weights = [source.weight for source in self.sources if source.weight is not None]
@@ -183,7 +197,21 @@ class TextCorpus(BlockDataModule):
         if not self.streaming:
             return super().train_dataloader()
         self._stream = self.stream(self.batches_per_epoch)
+        if self._stream_state is not None:
+            self._stream.load_state_dict(self._stream_state)
         return self._stream
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far a stream was read; of the state of a loader the Trainer makes nothing between two epochs."""
+        return {} if self._stream is None else {"stream": self._stream.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lets the next stream go on from there.
+
+        Args:
+            state_dict: of `state_dict`.
+        """
+        self._stream_state = state_dict.get("stream")
 
     def stream(self, batches_per_epoch: int | None = None, passes: int | None = None) -> StreamLoader:
         """The training documents of this process, on the fly.
@@ -261,12 +289,13 @@ def hold_out(
         Counts to report.
     """
     wanted: dict[Split, dict[str, Document]] = {"val": {}, "test": {}}
+    percents = {"val": corpus.splitting.val_percent, "test": corpus.splitting.test_percent}
     skipped = SkipCount()
     order = np.random.default_rng(1).permutation(len(corpus.shards)).tolist()
     for document in chain.from_iterable(corpus.documents(shard, skipped) for shard in order):
         if document.split != "train" and len(wanted[document.split]) < num_documents:
             wanted[document.split].setdefault(document.text, document)
-        if all(len(found) == num_documents for found in wanted.values()):
+        if all(len(found) == num_documents for split, found in wanted.items() if percents[split]):
             break
     counts: dict[str, int | str] = {"shards": len(corpus.names)}
     for split, found in wanted.items():

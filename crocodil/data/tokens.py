@@ -132,6 +132,7 @@ def write_packs(store: TokenStore, rows: Sequence[np.ndarray]) -> Packs:
     path = store._path(PACKS)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".fresh", delete=False) as fresh:
         np.save(fresh, row_of.astype(np.int64))
+    os.chmod(fresh.name, 0o644)  # readable like all the rest
     os.replace(fresh.name, path)  # two processes that write it write the same
     return Packs(store.bounds, row_of)
 
@@ -155,7 +156,7 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
         store: the texts.
         row_format: how they become rows.
         packs: which texts share a row, where the rows are packed.
-        latents: (N, ...) array or anything indexed likewise, of the same texts; None for none.
+        latents: (N, K, D), an array or anything that is indexed likewise, of all texts of the store; None for none.
     """
 
     def __init__(
@@ -179,14 +180,14 @@ class TokenDataset(Dataset[dict[str, Tensor]]):
 
         Returns:
             That of `RowFormat.collate`, "origins" (B, 2) int64 of the rows' first texts, and "latents" if there are
-            any, (B, K, D) float32.
+            any, (N, K, D) float32 of all texts, row by row.
         """
         rows = [[index] if self.packs is None else self.packs[index] for index in indices]
         batch = self.row_format.collate([[self.store[text] for text in row] for row in rows])
         origins = self.store.origins[[row[0] for row in rows]]
         batch["origins"] = torch.from_numpy(origins.astype(np.int64))
         if self.latents is not None:
-            batch["latents"] = torch.as_tensor(self.latents[np.asarray(indices)]).float()
+            batch["latents"] = torch.as_tensor(self.latents[np.concatenate(rows)]).float()
         return batch
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
 from crocodil.diffusion.documents import Documents
@@ -87,6 +88,12 @@ class PriorModule(CrocodilModule):
         self.prediction_type: PredictionType = prediction_type
         self.self_conditioning = self_conditioning
         self.condition_share = condition_share
+
+    def setup(self, stage: str) -> None:
+        """Refuses stored latents of another encoder."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, BlockDataModule):
+            data.check_latents(self.encoder.fingerprint())
 
     def trained_networks(self) -> Iterable[nn.Module]:
         """The prior."""
