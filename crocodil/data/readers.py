@@ -46,7 +46,12 @@ def list_shards(files: Sequence[SourceFile], shard_bytes: int = SHARD_BYTES) -> 
     Args:
         files: in a fixed order.
         shard_bytes: size of a part, about, at least 1.
+
+    Raises:
+        ValueError: if `shard_bytes` is less.
     """
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}.")
     return [shard for file in files for shard in _shards_of(file, shard_bytes)]
 
 

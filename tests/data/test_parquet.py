@@ -116,6 +116,22 @@ def test_every_kind_of_string_is_text(kind: pa.DataType, put: Put, read: Callabl
     assert skipped == SkipCount(missing_values=1)
 
 
+@pytest.mark.parametrize("in_a", ["list", "dictionary"])
+def test_one_bad_string_costs_one_row(in_a: str, put: Put, read: Callable[..., Any]) -> None:
+    strings = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    tags = strings.dictionary_encode() if in_a == "dictionary" else pa.ListArray.from_arrays([0, 1, 2, 3], strings)
+    records, skipped = read(put("a.parquet", table(pa.table({"text": ["a", "b", "c"], "tags": tags}))), ("tags",))
+    assert [record["text"] for record in records] == ["a", "c"] and skipped == SkipCount(not_utf8=1)
+
+
+def test_resuming_within_a_large_row_group_gives_the_rest(put: Put) -> None:
+    content = io.BytesIO()
+    pq.write_table(pa.table({"text": [str(number) for number in range(3000)]}), content)
+    file = put("a.parquet", content.getvalue())
+    for start in (1, 1023, 1024, 1500, 2999, 3000):
+        assert texts(file, start, SkipCount()) == [(number, str(number)) for number in range(start, 3000)]
+
+
 @pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.int8())])
 def test_lists_of_plain_values_are_plain(kind: pa.DataType, put: Put, read: Callable[..., Any]) -> None:
     value = [1, 2] if kind == pa.list_(pa.int8()) else ["é", None]

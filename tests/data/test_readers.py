@@ -132,6 +132,11 @@ def test_shards_follow_the_files_and_travel_between_processes(put: Put) -> None:
     assert skipped.missing_values == 42
 
 
+def test_shards_have_at_least_a_byte() -> None:
+    with pytest.raises(ValueError, match="shard_bytes must be at least 1, got 0"):
+        list_shards([], 0)
+
+
 def test_links_out_of_the_folder_are_not_followed(put: Put, tmp_path: Path, read: Callable[..., Any]) -> None:
     put("a/inside.txt", b"inside")
     root = tmp_path / "corpus"
