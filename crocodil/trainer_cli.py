@@ -104,8 +104,11 @@ class CrocodilCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Refuses a `--ckpt_path` that the Trainer's strategy cannot read."""
         super().instantiate_classes()
-        path = self._ckpt_path()
-        if path and path.is_dir() != isinstance(self.trainer.strategy, ShardedStrategy):
+        if path := self._ckpt_path():
+            self._check_kind(path)
+
+    def _check_kind(self, path: Path) -> None:
+        if path.is_dir() != isinstance(self.trainer.strategy, ShardedStrategy):
             kinds = ("sharded", "with") if path.is_dir() else ("whole", "without")
             raise ValueError(
                 f"{path} is a {kinds[0]} checkpoint: go on from it {kinds[1]} --trainer.strategy=fsdp2; "
@@ -127,6 +130,7 @@ class CrocodilCLI(LightningCLI):
         found = None if options["ckpt_path"] else self._newest_checkpoint()
         if found is not None:
             check_same_run(found, self.model.run_settings)
+            self._check_kind(found.path)
             if self._is_finished(found):
                 return
             options["ckpt_path"] = str(self._go_on(found))
@@ -146,7 +150,10 @@ class CrocodilCLI(LightningCLI):
         built = as_list(self.config_init[self.subcommand].trainer.callbacks)  # and behind them those of the CLI
         pairs = zip(as_list(config["trainer"]["callbacks"]), built, strict=False)
         kept = [settings for settings, callback in pairs if getattr(callback, "weight_copies", 0)]
-        return run_settings(config, self.trainer.world_size, kept)
+        settings = run_settings(config, self.trainer.world_size, kept)
+        return settings | {
+            "autoencoder": self.model.network_configs().get("autoencoder")
+        }  # there may be another by now
 
     def _is_finished(self, found: Found) -> bool:
         is_finished = 0 <= self.trainer.max_steps <= found.step

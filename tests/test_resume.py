@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -272,10 +272,14 @@ def test_a_process_that_is_asked_to_stop_goes_on_bit_for_bit(
     assert_same_end(tmp_path, truth)
 
 
-def test_the_signals_are_given_back(tiny_system: Any, tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    run_trainer(arguments(tiny_system, "judge", tmp_path, "--trainer.max_steps=3"))
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_signals_are_given_back(stopped: bool, tiny_system: Any, fit: Any, tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    ask = Ask(0 if stopped else 99, signal.SIGINT)
+    with pytest.raises(SystemExit) if stopped else nullcontext():
+        fit(tiny_system.module("judge"), tiny_system.data(), ask, LastCheckpoint(str(tmp_path), 1), **SAVING)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_it_stops_between_optimizer_steps_alone(tiny_system: Any, fit: Any, tmp_path: Path) -> None:
@@ -288,6 +292,13 @@ def test_it_stops_between_optimizer_steps_alone(tiny_system: Any, fit: Any, tmp_
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert content["global_step"] == 2
     assert content["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"] == 6
+
+
+def test_a_run_that_ends_by_epochs_saves_its_last_step(tiny_system: Any, fit: Any, tmp_path: Path) -> None:
+    saves = LastCheckpoint(str(tmp_path), every_n_train_steps=6)
+    fit(tiny_system.module("judge"), tiny_system.data(100), saves, max_steps=-1, max_epochs=3, **SAVING)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
+    assert torch.load(tmp_path / "previous.ckpt", weights_only=True)["global_step"] == 6
 
 
 # the same run or not
@@ -332,6 +343,24 @@ def test_another_run_is_refused(options: list[str], told: str, tiny_system: Any,
     assert message.startswith(f"{copy / 'last.ckpt'} was trained with other settings: ") and "\n" not in message
     assert f"--ckpt_path={copy / 'last.ckpt'}; to start anew, give another --trainer.default_root_dir or" in message
     assert newest(tmp_path)["global_step"] == 30
+
+
+def test_a_prior_does_not_go_on_with_another_autoencoder(tiny_system: Any, tmp_path: Path) -> None:
+    autoencoder = tmp_path / "autoencoder.ckpt"
+    shutil.copy(tiny_system.checkpoint("autoencoder"), autoencoder)
+    command = arguments(tiny_system, "prior", tmp_path, f"--model.init_args.autoencoder_checkpoint={autoencoder}")
+    run([*command, "--trainer.max_steps=3"])
+    content = torch.load(autoencoder, weights_only=True)
+    content["state_dict"]["encoder.latent_mean"] += 0.1
+    torch.save(content, autoencoder)
+    with pytest.raises(ValueError, match=r"other settings: autoencoder '\w+' \(now '\w+'\); to go on"):
+        run([*command, "--trainer.max_steps=6"])
+
+
+def test_a_file_is_not_gone_on_from_with_shards(tiny_system: Any, copy: Path, tmp_path: Path) -> None:
+    options = [*DROPOUT, "--trainer.max_steps=33", "--trainer.strategy=fsdp2", "--trainer.devices=1"]
+    with pytest.raises(ValueError, match=r"is a whole checkpoint: go on from it without --trainer.strategy=fsdp2"):
+        run(arguments(tiny_system, "demasker", tmp_path, *options))
 
 
 def test_on_purpose_another_run_goes_on(tiny_system: Any, copy: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +39,6 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, save_top_k=0, save_last=True, every_n_train_steps=every_n_train_steps)
         self.every_n_train_steps = every_n_train_steps
         self.received: int | None = None
-        self._original: dict[int, Any] = {}
         self._step = 0
         self._saved_step: int | None = None
 
@@ -48,9 +48,11 @@ class LastCheckpoint(ModelCheckpoint):
         return Path(self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over."""
+        """Takes the signals over; when the run ends, the Trainer puts back all handlers that it found."""
         self._step = trainer.global_step
-        self._original = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in SIGNALS:
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -66,9 +68,8 @@ class LastCheckpoint(ModelCheckpoint):
         self._step = trainer.global_step
         is_asked = self._is_asked_to(trainer)
         is_due = self._step % self.every_n_train_steps == 0 or self._step == trainer.max_steps
-        if (is_asked or is_due) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            trainer.save_checkpoint(self.path)
-            self._saved_step = self._step
+        if is_asked or is_due:
+            self._save(trainer)
         if is_asked:
             self._stop(trainer)
 
@@ -91,17 +92,13 @@ class LastCheckpoint(ModelCheckpoint):
         raise SIGTERMException(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Gives the signals back."""
-        self._give_back()
+        """Saves the last step of a run that ends by epochs or by another callback."""
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._original.items():
-            signal.signal(number, handler)
-        self._original = {}
+    def _save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        self._saved_step = trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a run whose folder was moved goes on as any other."""

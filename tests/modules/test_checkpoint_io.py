@@ -224,14 +224,14 @@ def limited(size: int | None) -> Callable[[], None]:
     return limit
 
 
-@pytest.mark.parametrize("size", [0, 1000, 3000])
+@pytest.mark.parametrize("size", [0, 1000, 100_000])
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_one(size: int, path: Path) -> None:
     WholeCheckpointIO().save_checkpoint(content(0), path)
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     try:
         limited(size)()
         with pytest.raises(OSError, match=f"^the checkpoint {path} cannot be written: File too large; the one before"):
-            WholeCheckpointIO().save_checkpoint(content(1), path)
+            WholeCheckpointIO().save_checkpoint(content(1) | {"large": torch.zeros(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -304,6 +304,14 @@ def test_no_damage_of_a_folder_goes_unnoticed(group: None, path: Path) -> None:
         assert refused(path, load_folder)
         (path / name).write_bytes(whole)
     assert refused(path, load_folder) is None
+
+
+def test_a_list_of_sums_that_lacks_a_file_is_refused(group: None, path: Path) -> None:
+    save_folder(path, 0)
+    lines = (path / SUMS_FILE).read_text().splitlines(keepends=True)
+    for line in lines:
+        (path / SUMS_FILE).write_text("".join(other for other in lines if other != line))
+        assert refused(path, load_folder)
 
 
 def test_processes_share_the_verification(group: None, path: Path) -> None:
