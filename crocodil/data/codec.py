@@ -112,6 +112,8 @@ class TextCodec:
         if self.text_format == "canonical":
             return [self.encode(text) for text in texts]
         tokenizer = self.tokenizer.backend_tokenizer
+        tokenizer.no_truncation()  # some published ones come with a length of their own
+        tokenizer.no_padding()
         before = tokenizer.encode_special_tokens
         tokenizer.encode_special_tokens = True
         try:
