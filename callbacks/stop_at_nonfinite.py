@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from crocodil_callbacks.gradient_norm import gradient_norm
+from crocodil_callbacks.log_points import sum_over_ranks
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
@@ -165,12 +166,10 @@ def gather_scalars(value: Tensor) -> Tensor:
     Args:
         value: scalar.
     """
-    value, size = value.float().reshape(1), rank_and_size()[1]
-    if size == 1:
-        return value
-    found = value.new_empty(size)
-    distributed.all_gather_into_tensor(found, value)
-    return found
+    rank, size = rank_and_size()
+    own = torch.zeros(size, device=value.device)
+    own[rank] = value
+    return sum_over_ranks(own)
 
 
 def bad_rows(outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> list[int]:
