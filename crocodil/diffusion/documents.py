@@ -50,6 +50,19 @@ class Documents:
         """The same on another device."""
         return self
 
+    def one_a_row(self, who: str) -> Self:
+        """Itself, if no row is packed.
+
+        Args:
+            who: reads one document a row.
+
+        Raises:
+            ValueError: if there are several in a row.
+        """
+        if self.per_row > 1:
+            raise ValueError(f"{who} reads one text a row, got {self.per_row} documents in a row; use padded rows")
+        return self
+
     def first_rows(self, count: int) -> "Documents":
         """The documents of the first rows of the batch."""
         return Documents(count, self.length)

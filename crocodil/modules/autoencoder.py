@@ -228,16 +228,17 @@ class AutoencoderModule(CrocodilModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Autoencoding: a held-out text is encoded and written again from its registers alone."""
-        source = batch["token_ids"]
+        source, documents = batch["token_ids"], Documents.of(batch).one_a_row("predict")
         out = self.sampler.sample(
             self.demasker,
             length=source.shape[1],
             batch_size=source.shape[0],
-            latents=self.encoder(source),
+            latents=self.encode(source, documents),
             generator=self.held_out_noise(batch, batch_idx).to(source.device),
             device=source.device,
         )
-        accuracy = (out.token_ids == source).float().mean(1)
+        is_text = documents.spread(torch.ones(len(source), device=source.device)).expand_as(source)
+        accuracy = ((out.token_ids == source) * is_text).sum(1) / is_text.sum(1)
         return {"token_ids": out.token_ids, "source_token_ids": source, "token_accuracy": accuracy}
 
 

@@ -124,7 +124,8 @@ class DemaskerModule(CrocodilModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Infilling: every other token of a held-out text, on average, is masked and written again."""
         source, noise = batch["token_ids"], self.held_out_noise(batch, batch_idx)
-        half = torch.full((source.shape[0], 1), 0.5, device=source.device)
+        documents = Documents.of(batch).one_a_row("predict")
+        half = documents.spread(torch.full((len(source),), 0.5, device=source.device))
         noise = noise.to(source.device)
         uniform = noise.uniform(STREAM_MASK, 0, source.shape[1])
         canvas, is_masked = corrupt(source, half, uniform, self.demasker.mask_token_id)

@@ -81,11 +81,7 @@ class JudgeModule(CrocodilModule):
         Raises:
             ValueError: if rows are packed.
         """
-        token_ids, documents = batch["token_ids"], Documents.of(batch)
-        if documents.per_row > 1:
-            raise ValueError(
-                f"a judge reads one text a row, got {documents.per_row} documents in a row; use data with padded rows"
-            )
+        token_ids, documents = batch["token_ids"], Documents.of(batch).one_a_row("a judge")
         is_text = documents.spread(torch.ones(len(documents), dtype=torch.bool, device=token_ids.device))
         logits = self.judge(input_ids=token_ids, use_cache=False).logits[:, :-1]
         nats = F.cross_entropy(logits.float().transpose(1, 2), token_ids[:, 1:], reduction="none")

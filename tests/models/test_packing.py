@@ -107,6 +107,7 @@ def test_losses_and_gradients_are_sums_over_documents_alone(demaskers: Callable,
         total = total + part
     total.backward()
     assert_same(loss, total)
+    assert_same(loss, (nats * weights).sum())
     assert z.grad is not None and z.grad[HEARD].abs().min() > 0
     assert_same(z.grad, lone.grad)
     for (weight_name, one), other in zip(packed.named_parameters(), single.parameters(), strict=True):

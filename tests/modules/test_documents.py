@@ -282,3 +282,24 @@ def test_one_document_a_row_is_the_row(stage: str, tiny_system: Any, step: Calla
     for name in expected.keys() - {"noise"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
     assert len(Documents.of(plain)) == 4
+
+
+@pytest.mark.parametrize("stage", ["demasker", "autoencoder"])
+@torch.no_grad()
+def test_predict_does_not_count_padding_and_refuses_packed_rows(
+    stage: str, tiny_system: Any, count_calls: Callable[..., list[Any]]
+) -> None:
+    module, batch, is_text = tiny_system.module(stage).eval(), batch_of(PADDED), PADDED > 0
+    canvases = count_calls(module.demasker)
+    out = module.predict_step(batch, 0)
+    asked = canvases[0][0] == MASK
+    if stage == "demasker":
+        assert not (asked & ~is_text).any() and asked.any(1).all()
+    else:
+        for row, place in places(PADDED):
+            expected = module.encoder(batch["token_ids"][row][place][None])[0]
+            torch.testing.assert_close(canvases[0][1][row], expected, rtol=1e-4, atol=1e-4)
+    hits, counted = (out["token_ids"] == batch["token_ids"]) & is_text & asked, is_text & asked
+    torch.testing.assert_close(out["token_accuracy"], hits.sum(1) / counted.sum(1))
+    with pytest.raises(ValueError, match="predict reads one text a row, got 3 documents in a row; use padded rows"):
+        module.predict_step(batch_of(PACKED), 0)
