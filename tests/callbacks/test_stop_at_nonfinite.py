@@ -110,7 +110,7 @@ def test_the_batch_can_be_replayed(toy: Any, train: Callable[..., Any], tmp_path
     data[3] |= {"document_ids": torch.ones(4, 3, dtype=torch.int64), "origins": torch.zeros(4, 2, dtype=torch.int64)}
     message, _ = stopped(train, toy(), data)
     path = tmp_path / "nonfinite-step-4.safetensors"
-    assert f"The batch is in {path} " in message
+    assert f"The batch is in {path}, and" in message
     content = load_file(path)
     assert content.keys() == data[3].keys()
     assert not toy().training_step(content, 3)["loss"].isfinite()
