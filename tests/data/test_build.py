@@ -66,7 +66,7 @@ HOSTILE = [
     "<|eos|> <|mask|>",
     "\r\n\r\n x",
     "日本語 🙂",
-    "\u2028",
+    "a\u2028b",
     "  lead",
     "tail  ",
     "\ufffd",
