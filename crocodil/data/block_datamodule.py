@@ -236,6 +236,11 @@ class BlockDataModule(LightningDataModule, ABC):
         names = json.loads((self._prepared_folder() / NAMES_FILE).read_text())
         return f"{names[origin[0]]}, record {origin[1]}"
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves "document_ids" on the host: how many documents there are must be known without a wait for a device."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, **{name: batch[name] for name in ("document_ids",) if name in batch}}
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches of the training split, all of `batch_size` rows; each process has its own."""
         dataset = self.dataset("train")
