@@ -186,7 +186,7 @@ def explain(hub: str, error: Exception) -> str:
     terms = f"accept its terms at https://huggingface.co/datasets/{hub}, then run `hf auth login` or set HF_TOKEN"
     if any(isinstance(each, GatedRepoError) or "gated dataset" in str(each) for each in told):
         return f"the dataset {hub} is gated: {terms} to a token of that account ({reason})"
-    if any(isinstance(each, RepositoryNotFoundError) for each in told):
+    if any(isinstance(each, RepositoryNotFoundError) or "cannot be accessed" in str(each) for each in told):
         return f"there is no dataset {hub}, or it is private: check its name, or run `hf auth login` ({reason})"
     return f"the dataset {hub} cannot be read ({reason}): check its name, or download it and give its folder as path"
 
