@@ -43,9 +43,9 @@ def hostile(tmp_path: Path) -> Path:
 def test_hostile_files_are_counted_and_skipped(hostile: Path) -> None:
     files = folder_files(hostile)
     assert len(files) == len(HOSTILE)
-    found, skipped = read_functions(files, min_tokens=1, max_tokens=100)
+    _, total, skipped = read_functions(files, min_tokens=1, max_tokens=100)
     assert skipped == SkipCount(not_utf8=1, null_bytes=1, empty=2, too_large=1, unparsable=2)
-    assert sum(map(len, found.values())) == 3
+    assert total == 3
     assert str(skipped) == "1 not utf8, 1 null bytes, 2 empty, 1 too large, 2 unparsable"
     assert skipped.total == 7
 
@@ -119,12 +119,15 @@ def test_distinct_items_prefer_the_held_out_splits() -> None:
 def test_worker_processes_give_what_one_process_gives() -> None:
     files = standard_library_files()[:260]
     assert len(files) >= MIN_FILES_FOR_POOL
-    found, skipped = read_functions(files, min_tokens=14, max_tokens=62)
-    expected, expected_skips = {"train": [], "val": [], "test": []}, SkipCount()
-    for file in files:
+    found, total, skipped = read_functions(files, min_tokens=14, max_tokens=62)
+    expected, expected_total, expected_skips = {"train": {}, "val": {}, "test": {}}, 0, SkipCount()
+    for number, file in enumerate(files):
         functions, skips = functions_of_file(file, min_tokens=14, max_tokens=62)
-        expected[split_of(file.name)] += functions
+        for place, function in enumerate(functions):
+            expected[split_of(file.name)].setdefault(function, (number, place))
+        expected_total += len(functions)
         expected_skips.add(skips)
-    assert (found, skipped) == (expected, expected_skips)
+    assert (found, total, skipped) == (expected, expected_total, expected_skips)
+    assert [list(functions) for functions in found.values()] == [list(functions) for functions in expected.values()]
     lengths = {len(function) for functions in found.values() for function in functions}
     assert (min(lengths), max(lengths)) == (14, 62)

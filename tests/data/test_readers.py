@@ -132,6 +132,19 @@ def test_shards_follow_the_files_and_travel_between_processes(put: Put) -> None:
     assert skipped.missing_values == 42
 
 
+def test_only_plain_lines_are_divided_by_bytes(put: Put, read: Callable[..., Any]) -> None:
+    array = json.dumps([{"text": "x"}] * 9).encode()
+    whole = {"a.json": array, "a.jsonl.gz": gzip.compress(as_lines()), "a.txt": b"x" * 99, "a.tar": as_tar()}
+    for name, content in whole.items():
+        file = put(name, content)
+        assert len(list_shards([file], 20)) == 1
+        assert read(file, shard_bytes=20) == read(file)
+    for name in ("b.json", "b.jsonl", "b.NDJSON"):
+        file = put(name, as_lines())
+        assert len(list_shards([file], 20)) > 1
+        assert read(file, shard_bytes=20) == read(file)
+
+
 def test_shards_have_at_least_a_byte() -> None:
     with pytest.raises(ValueError, match="shard_bytes must be at least 1, got 0"):
         list_shards([], 0)
