@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -24,7 +24,8 @@ from crocodil.data.tokens import flat, token_dtype, tokens_file, write_split
 
 Item = TypeVar("Item")
 PART_BYTES = 2**24
-CHUNK = 512
+CHUNK, CHUNK_CHARACTERS = 512, 2**22
+"""Documents, and about how many characters, that are tokenised at a time: memory stays flat however long they are."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 SKIPPED_FILE = "skipped.json"
 
@@ -115,7 +116,7 @@ def _write_part(folder: Path, corpus: Corpus, shards: Sequence[int], codec: Text
     texts: list[np.ndarray] = []
     lengths: list[np.ndarray] = []
     kept: list[tuple[int, int, int, int]] = []
-    for chunk in chunks(found, CHUNK):
+    for chunk in chunks(found):
         chunk, rows = tokenize(chunk, codec, recipe, skipped)
         tokens, sizes = flat(rows, codec.vocabulary.size)
         texts.append(tokens)
@@ -231,10 +232,17 @@ def _merge(
     return {**counts, "left out": str(skipped)}
 
 
-def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Consecutive lists of `size` items, the last one possibly shorter."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Consecutive documents: `CHUNK` of them, or fewer if these have `CHUNK_CHARACTERS` already."""
+    chunk: list[Document] = []
+    size = 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
+        if len(chunk) == CHUNK or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 

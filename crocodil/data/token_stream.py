@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from crocodil.data.build import Recipe, tokenize
+from crocodil.data.build import CHUNK_CHARACTERS, Recipe, tokenize
 from crocodil.data.codec import TextCodec
 from crocodil.data.corpora import SkipCount
 from crocodil.data.rows import RowFormat, cut, grouped_order, pack
@@ -23,8 +23,6 @@ from crocodil.data.sources import Corpus, Document
 from crocodil.data.tokens import flat
 from crocodil.ranks import rank_and_size
 
-CHUNK_CHARACTERS = 2**22
-"""Text that a lane holds at a time, about: memory stays flat however long documents are."""
 EMPTY_PASSES = 8
 """Passes without anything to train on after which a lane gives up; of few shards each pass gives it others."""
 

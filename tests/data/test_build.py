@@ -233,9 +233,17 @@ def test_large_vocabularies_take_wider_tokens(
     assert stores["train"].tokens.tolist() == [1, vocab_size - 1, 5, 0]
 
 
-def test_chunks_join_to_the_items() -> None:
-    assert list(chunks(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(chunks([], 3)) == []
+def test_chunks_are_bounded_in_number_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK_CHARACTERS", 10)
+    documents = [Document("x" * size, "train", 0, i) for i, size in enumerate((1, 1, 1, 9, 1, 30, 4, 5))]
+    found = list(chunks(documents))
+    assert [len(chunk) for chunk in found] == [3, 2, 1, 2]
+    assert [document for chunk in found for document in chunk] == documents
+    assert list(chunks([])) == []
+
+
+def test_hostile_texts_are_told_apart() -> None:
     assert len({text_hash(text) for text in HOSTILE}) == len(HOSTILE)
 
 
