@@ -96,4 +96,6 @@ def test_the_scale_of_float16_is_taken_out(toy: Any, train: Callable[..., Rows])
 
 
 def test_without_log_points_nothing_is_kept(toy: Any, train: Callable[..., Rows]) -> None:
-    assert train(toy(), batches(3), GradientNorm(), log_every_n_steps=0) == []
+    callback = GradientNorm()
+    assert train(toy(), batches(3), callback, log_every_n_steps=0) == []
+    assert callback._norms == []

@@ -65,11 +65,11 @@ def test_independent_standard_latents() -> None:
 
 
 def test_a_mean_of_its_own_in_each_register_is_no_direction_in_use() -> None:
-    """Texts differ along two axes; the registers' means point elsewhere."""
-    latents = normal(N, K, D)
-    latents[..., 2:] = 0
-    latents = latents + 5 * normal(K, D, seed=1)
-    assert figures(latents)["latent_effective_rank"] == pytest.approx(2, rel=0.01)
+    """Texts differ along three axes, with variances 2, 1 and 1; the registers' means point elsewhere."""
+    latents = normal(N, K, D) * torch.tensor([2.0, 1.0, 1.0, 0.0, 0.0, 0.0]).sqrt()
+    found = figures(latents + 5 * normal(K, D, seed=1))
+    assert found["latent_effective_rank"] == pytest.approx(2**1.5, rel=0.01)
+    assert found["latent_participation_ratio"] == pytest.approx(16 / 6, rel=0.02)
 
 
 def test_deviations_from_standard_latents() -> None:

@@ -57,15 +57,15 @@ class SlowSaves(L.Callback):
 
 @pytest.fixture
 def slow(toy: Any) -> Callable[..., Any]:
-    """A stage whose steps take 50 seconds until it is warm, then 2; a held-out batch takes 100."""
+    """A stage whose steps take 50 seconds until it is warm, then 2, and 3 in the end; a held-out batch takes 100."""
 
     class Slow(toy):
-        def __init__(self, clock: Clock, warmup: int = 0, **options: Any) -> None:
-            super().__init__(**options)
-            self.clock, self.warmup = clock, warmup
+        def __init__(self, clock: Clock, warmup: int = 0, end: int = 100) -> None:
+            super().__init__()
+            self.clock, self.warmup, self.end = clock, warmup, end
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.clock.now += 50 if batch_idx < self.warmup else 2
+            self.clock.now += 50 if batch_idx < self.warmup else 2 if batch_idx < self.end else 3
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -80,16 +80,16 @@ def loader(clock: Clock, count: int) -> Any:
 
 def test_tokens_and_seconds_by_hand(slow: Any, train: Callable[..., Rows]) -> None:
     clock = Clock()
-    rows = train(slow(clock, 3), loader(clock, 11), Throughput(3, clock=clock), log_every_n_steps=4)
+    rows = train(slow(clock, 3, end=4), loader(clock, 11), Throughput(3, clock=clock), log_every_n_steps=4)
     assert [step for step, _ in rows] == [3, 7]  # the first with one step behind the warm-up, the second with four
-    for _, figures in rows:
+    for (_, figures), seconds in zip(rows, (2.5, 3.5), strict=True):
         assert figures == pytest.approx(
             {
-                "tokens_per_second": 7 / 2.5,
-                "texts_per_second": 6 / 2.5,
+                "tokens_per_second": 7 / seconds,
+                "texts_per_second": 6 / seconds,
                 "padding_share": 5 / 12,
-                "step_seconds": 2.5,
-                "data_wait_share": 0.5 / 2.5,
+                "step_seconds": seconds,
+                "data_wait_share": 0.5 / seconds,
             }
         )
 
