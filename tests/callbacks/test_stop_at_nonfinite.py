@@ -99,8 +99,8 @@ def test_rows_are_named_by_the_data_module(toy: Any, tmp_path: Path) -> None:
 def test_texts_of_packed_rows_are_told_by_their_rows() -> None:
     batch = {"token_ids": torch.ones(3, 4), "document_ids": torch.tensor([[1, 1, 2, 0], [1, 2, 3, 3], [1, 1, 1, 0]])}
     losses = torch.zeros(6)
-    losses[[1, 5]] = math.inf  # the second of the first row, the only one of the last
-    assert bad_rows({"row_losses": losses}, batch) == [0, 2]
+    losses[[1, 4]] = math.inf  # the last text of the first row and of the second
+    assert bad_rows({"row_losses": losses}, batch) == [0, 1]
     assert bad_rows({"masked_nats": torch.tensor([0.0, math.nan, 0.0])}, batch) == [1]
     assert bad_rows({}, batch) == []
 
