@@ -178,7 +178,7 @@ class TinySystem:
         options = {
             **RUN_OPTIONS,
             **STAGE_OPTIONS[stage],
-            "data.init_args.folder": self.root / "corpus",
+            f"data.init_args.{'folder' if family == 'quickstart' else 'sources'}": self.root / "corpus",
             "data.init_args.cache_dir": self.root / "cache",
             "trainer.default_root_dir": self.root / stage,
         }
