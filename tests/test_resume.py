@@ -324,14 +324,20 @@ def test_a_longer_run_is_the_same_run(tiny_system: Any, copy: Path, tmp_path: Pa
     ("options", "told"),
     [
         (["--model.init_args.seed=5"], "model.init_args.seed 0 (now 5)"),
-        (["--data.init_args.seed=5"], "data.init_args.seed 0 (now 5)"),
-        (["--data.init_args.batch_size=20"], "data.init_args.batch_size 40 (now 20)"),
+        pytest.param(["--data.init_args.seed=5"], "data.init_args.seed 0 (now 5)", marks=pytest.mark.slow),
+        pytest.param(
+            ["--data.init_args.batch_size=20"], "data.init_args.batch_size 40 (now 20)", marks=pytest.mark.slow
+        ),
         (["--model.init_args.optimizer.lr=0.1"], "model.init_args.optimizer.init_args.lr 0.003 (now 0.1)"),
         (["--model.init_args.lr_scheduler.num_steps=50"], "num_steps 'trainer.max_steps' (now 50)"),
         (["--model.init_args.network.rms_norm_eps=0.1"], "model.init_args.network.rms_norm_eps None (now 0.1)"),
-        (["--trainer.gradient_clip_val=0.5"], "trainer.gradient_clip_val 1.0 (now 0.5)"),
-        (["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches 1 (now 2)"),
-        (["--seed_everything=1"], "seed_everything 0 (now 1)"),
+        pytest.param(
+            ["--trainer.gradient_clip_val=0.5"], "trainer.gradient_clip_val 1.0 (now 0.5)", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches 1 (now 2)", marks=pytest.mark.slow
+        ),
+        pytest.param(["--seed_everything=1"], "seed_everything 0 (now 1)", marks=pytest.mark.slow),
         (["--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5"], "averaging callbacks"),
     ],
 )
