@@ -190,14 +190,15 @@ def count_tokens_and_texts(batch: dict[str, Tensor]) -> Tensor:
     """How many tokens and how many texts a batch holds, (2,) int64 on its device.
 
     Args:
-        batch: "token_ids" (B, L) int64, and perhaps "document_ids" (B, L) int64, 0 at padding and n at the n-th text of
-            its row; without them all tokens count, and a row is a text.
+        batch: "token_ids" (B, L) int64, and perhaps "document_ids" (B, L) int64, on any device, 0 at padding and n at
+            the n-th text of its row; without them all tokens count, and a row is a text.
     """
     documents = batch.get("document_ids")
     if documents is None:
         token_ids = batch["token_ids"]
         return torch.stack([token_ids.new_full((), count) for count in (token_ids.numel(), len(token_ids))])
-    return torch.stack([(documents > 0).sum(), documents.amax(1).sum()])
+    counts = torch.stack([(documents > 0).sum(), documents.amax(1).sum()])
+    return counts.to(batch["token_ids"].device, non_blocking=True)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -28,6 +28,7 @@ HARMLESS = (
     ".*isinstance\\(treespec, LeafSpec\\)",  # Lightning's own use of a deprecated call
     "Found .* module\\(s\\) in eval mode",  # the frozen autoencoder is meant to be
     ".*does not have many workers",  # batches are slices of a memory-mapped array
+    "Your `IterableDataset` has `__len__` defined",  # the epochs of a stream are batches of its loader
 )
 """Warnings of libraries that a user can do nothing about, with the reason why each is right to be silent."""
 
