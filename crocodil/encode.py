@@ -190,7 +190,7 @@ def _bar(console: Console, rows: int) -> Iterator[Callable[[int], None]]:
 
 
 def _size(num_bytes: float) -> str:
-    for power, unit in ((4, "TB"), (3, "GB"), (2, "MB")):
+    for power, unit in ((5, "PB"), (4, "TB"), (3, "GB"), (2, "MB")):
         if num_bytes >= 1000**power:
             return f"{num_bytes / 1000**power:.1f} {unit}"
     return f"{num_bytes / 1000:.1f} kB"

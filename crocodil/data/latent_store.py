@@ -18,6 +18,7 @@ from torch import Tensor
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 INDEX_FILE = "index.json"
 SHARDS = "latents-*.safetensors"
+HEADER_KEY = "crocodil"
 SHARD_BYTES = 2**28
 FORMAT = 1
 
@@ -117,8 +118,9 @@ def write_shard(folder: Path, record: LatentRecord, number: int, latents: Tensor
             f"latents must be finite in {record.dtype}, but that of text {texts[int(is_bad.int().argmax())]} of the "
             f"{record.split} split is not: try --dtype float32, or look for what is wrong with the encoder"
         )
-    header = {"record": json.dumps(asdict(record)), "sha256": _digest(latents)}
-    _write_whole(shard_path(folder, number), save({"latents": latents}, header))
+    header = {"record": asdict(record), "sha256": _digest(latents)}
+    content = save({"latents": latents}, {HEADER_KEY: json.dumps(header)})  # one entry: the order of several is random
+    _write_whole(shard_path(folder, number), content)
 
 
 def is_whole_shard(folder: Path, record: LatentRecord, number: int) -> bool:
@@ -131,7 +133,7 @@ def is_whole_shard(folder: Path, record: LatentRecord, number: int) -> bool:
     """
     path = shard_path(folder, number)
     header = _header(path)
-    if header is None or header["record"] != json.dumps(asdict(record)):
+    if header is None or header["record"] != asdict(record):
         return False
     return _digest(_mapped(path)) == header["sha256"]
 
@@ -150,7 +152,7 @@ def refuse_others(folder: Path, record: LatentRecord) -> None:
         header = _header(path)
         if header is None:  # damaged: it will be written anew
             continue
-        differing = LatentRecord(**json.loads(header["record"])).differences(**asdict(record))
+        differing = LatentRecord(**header["record"]).differences(**asdict(record))
         if differing:
             raise ValueError(f"{folder} holds other latents: {differing}; give another --output, or remove the folder")
 
@@ -241,11 +243,11 @@ def _mapped(path: Path) -> Tensor:
         return file.get_tensor("latents")  # a view of the mapped file
 
 
-def _header(path: Path) -> dict[str, str] | None:
-    """The header of a shard; None if the file is absent or not whole."""
+def _header(path: Path) -> dict[str, Any] | None:
+    """What a shard tells of itself; None if the file is absent or not whole."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata()
+            return json.loads(file.metadata()[HEADER_KEY])
     except (OSError, SafetensorError):
         return None
 
