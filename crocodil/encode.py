@@ -128,10 +128,10 @@ def encode(
     folder, fabric = Path(output).absolute() / split, encoder.fabric
     all_done = distributed.new_group(backend="gloo", timeout=PATIENCE) if fabric.world_size > 1 else None
     refuse_others(folder, record)
-    missing = missing_shards(folder, record, fabric.global_rank, fabric.world_size)
-    rows = sum(len(record.shard(number)) for number in missing)
     console = Console(highlight=False, soft_wrap=True, quiet=not fabric.is_global_zero)
     console.print(told_sizes(folder, record))
+    missing = missing_shards(folder, record, fabric.global_rank, fabric.world_size)
+    rows = sum(len(record.shard(number)) for number in missing)
     if missing:
         console.print(told_time(rows, encoder.seconds_per_text(record.shard(missing[0])), fabric.world_size))
     if dry_run:
