@@ -17,6 +17,7 @@ from crocodil.data.streams import STREAM_ERRORS, decompressed, format_of
 SHARD_BYTES = 2**26
 BUFFER_BYTES = 2**18  # of the file: long lines are read three times as fast as with Python's own choice
 JSON_LINES = frozenset({".jsonl", ".ndjson"})
+ZIPS = frozenset({".zip", ".whl"})
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def read_shard(
 ) -> Iterator[tuple[int, Record]]:
     """Records of a shard, with bounded memory.
 
-    The name of the file tells its format: `.parquet`; `.jsonl`, `.ndjson`, `.json`, `.tar`, compressed or not; `.zip`;
+    The name of the file tells its format: `.parquet`; `.jsonl`, `.ndjson`, `.json`, `.tar`, compressed or not; `.zip`,
+    `.whl`;
     everything else is one document of plain text, compressed or not (`.gz`, `.bz2`, `.xz`, `.zst`).
 
     Args:
@@ -149,7 +151,7 @@ def _contents(shard: Shard, wanted: Wanted, start: int) -> Iterator[tuple[int, s
     with file, damage_counted(wanted.skipped, *STREAM_ERRORS):
         if kind == ".parquet" and not compression:
             yield from read_parquet(file, wanted, start, shard.start, shard.stop or None)
-        elif kind == ".zip" and not compression:
+        elif kind in ZIPS and not compression:
             yield from read_zip(file, wanted, start)
         elif kind == ".tar":
             yield from read_tar(decompressed(file, compression), wanted, start)

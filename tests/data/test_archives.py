@@ -107,7 +107,7 @@ def test_unsafe_members_of_a_zip_are_counted(put: Put, read: Callable[..., Any])
     assert skipped == SkipCount(unsafe=1 + len(UNSAFE))
 
 
-@pytest.mark.parametrize(("name", "pack"), [("a.tar", tar), ("a.zip", zipped)])
+@pytest.mark.parametrize(("name", "pack"), [("a.tar", tar), ("a.zip", zipped), ("a.whl", zipped)])
 def test_members_are_checked_like_files(name: str, pack: Any, put: Put, read: Callable[..., Any]) -> None:
     unfit = {"not_utf8": b"\xff", "null_bytes": b"a\0", "empty": b" \n", "too_large": b"x" * (LIMIT + 1)}
     content = pack(("largest", b"x" * LIMIT), *unfit.items(), ("last", b"\xef\xbb\xbflast"))
