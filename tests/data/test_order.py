@@ -116,6 +116,12 @@ def test_each_source_has_its_share_and_repeats_no_row_before_all_others_came(
         assert not counts or len(read[source]) < size or max(counts) - min(counts) <= 1
 
 
+def test_a_source_comes_in_another_order_in_each_pass() -> None:
+    passes = [mixture(np.array([0, 50]), [1.0], 0, epoch).tolist() for epoch in range(3)]
+    assert passes[0] != passes[1] != passes[2] and passes[0] != sorted(passes[0])
+    assert mixture(np.array([0, 50]), [1.0], 1, 0).tolist() != passes[0]
+
+
 def test_shares_are_exact_where_they_come_out_even() -> None:
     assert shares(np.array([0, 10, 40]), [1, 3]).tolist() == [10, 30]
     assert shares(np.array([0, 10, 40]), [3, 1]).tolist() == [30, 10]
@@ -183,6 +189,15 @@ def test_a_loader_reads_nothing_that_it_leaves_out(made: Made) -> None:
     again = loader(dataset, epoch=1)
     again.load_state_dict({"epoch": 1, "batches": 20})
     assert list(chain.from_iterable(rows(again))) == dataset.seen and len(dataset.seen) == 5 * 8
+
+
+def test_each_process_leaves_out_what_it_has_read_itself(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = made([200])
+    for rank in range(2):
+        monkeypatch.setattr(module, "rank_and_size", lambda rank=rank: (rank, 2))
+        again = loader(dataset)
+        again.load_state_dict({"epoch": 0, "batches": 5})
+        assert rows(again) == rows(loader(dataset))[5:]
 
 
 def test_a_state_of_another_epoch_leaves_out_nothing(made: Made) -> None:

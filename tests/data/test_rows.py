@@ -93,6 +93,8 @@ def test_a_grouped_order_mixes_batches_rows_and_what_is_left_over() -> None:
     firsts = {int(sizes[order[:16]].min()) for order in orders}
     rests = {int(sizes[order[-8:]].min()) for order in orders}
     assert len(firsts) > 6 and len(rests) > 6  # neither the shortest come first nor the longest are left over
+    spreads = np.array([np.ptp(sizes[order[:192]].reshape(-1, 16), axis=1).max() for order in orders])
+    assert spreads.max() <= 4  # what is left over was not taken out of the middle of a batch
     inside = np.stack([np.diff(order[:16]) for order in orders])
     assert 0.3 < (inside > 0).mean() < 0.7
 
