@@ -171,7 +171,10 @@ def test_filters_and_lengths_leave_out_what_they_say(
     assert counts["left out"] == left_out
 
 
-def test_the_counts_of_a_hostile_corpus_add_up(made: Callable[..., Built], tmp_path: Path) -> None:
+def test_the_counts_of_a_hostile_corpus_add_up(
+    made: Callable[..., Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_BYTES", 1)  # a part for each file
     folder = tmp_path / "in"
     good = [json.dumps({"text": f"text {i % 50}"}).encode() for i in range(80)]
     bad = [
@@ -191,7 +194,9 @@ def test_the_counts_of_a_hostile_corpus_add_up(made: Callable[..., Built], tmp_p
     (folder / ".hidden.txt").write_text("not read")
     (folder / "d.parquet").write_bytes(b"PAR1 no more")
     stores, counts = made(Corpus([Source(path=str(folder))], Splitting()))
-    left_out = SkipCount(**json.loads((tmp_path / "built-parts" / "000000" / SKIPPED_FILE).read_text()))
+    left_out = SkipCount()
+    for path in (tmp_path / "built-parts").glob(f"*/{SKIPPED_FILE}"):
+        left_out.add(SkipCount(**json.loads(path.read_text())))
     assert counts["documents"] == 81 and counts["duplicates"] == 31
     assert left_out.total == len(bad) + 2
     assert asdict(left_out) == asdict(
@@ -231,6 +236,31 @@ def test_large_vocabularies_take_wider_tokens(
     stores, _ = made(corpus, codec=codec)
     assert stores["train"].tokens.dtype == dtype
     assert stores["train"].tokens.tolist() == [1, vocab_size - 1, 5, 0]
+
+
+def test_the_tokens_of_any_document_are_found_in_its_part(
+    codec: TextCodec, made: Callable[..., Built], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PART_BYTES", 1)
+    texts = [[f"{shard} and {i} " * (i % 5 + 1) for i in range(20)] for shard in range(4)]
+    for shard in range(4):
+        lines(tmp_path / "in" / f"{shard}.jsonl", [{"text": text} for text in texts[shard] if shard != 1])
+    (tmp_path / "in" / "1.jsonl").write_text("{}\n")  # a part without documents
+    made(Corpus([Source(path=str(tmp_path / "in"))], Splitting()))
+    parts = module._Parts.open(sorted((tmp_path / "built-parts").iterdir()))
+    order = np.random.default_rng(0).permutation(60)
+    for document, tokens in zip(order, parts.texts(order), strict=True):
+        _, _, shard, record = parts.kept[document]
+        assert tokens.tolist() == [1, *codec.encode(texts[shard][record]), 0]
+
+
+def test_a_tokenizer_that_cuts_and_pads_by_itself_does_neither(made: Callable[..., Built], tmp_path: Path) -> None:
+    codec = byte_level_bpe(["a"], 260)
+    codec.tokenizer.backend_tokenizer.enable_truncation(3)
+    codec.tokenizer.backend_tokenizer.enable_padding(length=9)
+    corpus = Corpus([lines(tmp_path / "a.jsonl", [{"text": "abcdef"}, {"text": "b"}])], Splitting("text", 0, 0))
+    stores, _ = made(corpus, codec=codec)
+    assert stores["train"].lengths.tolist() == [8, 3]
 
 
 def test_chunks_are_bounded_in_number_and_text(monkeypatch: pytest.MonkeyPatch) -> None:
