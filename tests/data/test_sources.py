@@ -78,8 +78,9 @@ def test_a_folder_is_read_in_all_formats_but_for_hidden_files(folder: Path) -> N
 def test_a_file_and_a_pattern_read_what_they_name(folder: Path, tmp_path: Path) -> None:
     assert texts(corpus(Source(path=str(folder / "rows.jsonl")))) == ["of lines", "of other lines"]
     assert texts(corpus(Source(path=str(folder), pattern="a/*"))) == ["of a file", "of a compressed file"]
-    (tmp_path / "elsewhere.jsonl").symlink_to(folder / "rows.jsonl")
-    assert texts(corpus(Source(path=str(tmp_path / "elsewhere.jsonl")))) == ["of lines", "of other lines"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "l.jsonl").symlink_to(folder / "rows.jsonl")
+    assert texts(corpus(Source(path=str(tmp_path / "links" / "l.jsonl")))) == ["of lines", "of other lines"]
     for path, pattern in [(str(folder), "*.nothing"), (str(folder / ".git"), "none"), (str(folder / "absent"), "*")]:
         with pytest.raises(ValueError, match=r"folder must "):
             Source(path=path, pattern=pattern).files()

@@ -245,7 +245,7 @@ def test_a_source_of_weight_zero_is_never_read(lane: Callable[..., Lane]) -> Non
     assert {each.corpus.shards[shard][0] for shard in shards} == {0, 2}
 
 
-def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass(lane: Callable[..., Lane]) -> None:
+def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass(lane: Callable[..., Lane], folder: Path) -> None:
     def order(seed: int) -> list[tuple[int, int]]:
         each = lane(seed=seed, passes=2)
         return [(document.shard, document.record) for document, _ in each._documents(each.start())]
@@ -258,6 +258,11 @@ def test_the_order_depends_on_the_seed_and_differs_from_pass_to_pass(lane: Calla
     assert sorted(first.tolist()) == sorted(second.tolist()) and first.tolist() != second.tolist()
     assert order(0) == order(0) != order(1)
     assert rows(0) == rows(0) != rows(1)
+    shard = {"corpus": Corpus([Source(str(folder), "a/0*")], Splitting()), "passes": 1}
+    alone = [
+        [row.origin for row, _ in each.rows(each.start())] for each in (lane(seed=0, **shard), lane(seed=1, **shard))
+    ]
+    assert sorted(alone[0]) == sorted(alone[1]) and alone[0] != alone[1]  # rows of a chunk have an order of their own
 
 
 def test_rows_of_a_chunk_are_shuffled(lane: Callable[..., Lane]) -> None:
@@ -447,6 +452,16 @@ def test_a_stream_prepares_held_out_splits_alone(module: Callable[..., TextCorpu
         data.dataset("train")
     trained_on = set(texts(data_with_ids(data.stream(None, passes=1))))
     assert trained_on.isdisjoint(tuple(store[i].tolist()) for store in held_out for i in range(len(store)))
+
+
+@pytest.mark.parametrize(("percents", "most"), [((20, 0), 60), ((0, 20), 60), ((20, 20), 90), ((0, 0), 1)])
+def test_no_more_is_read_than_held_out_splits_need(
+    percents: tuple[int, int], most: int, folder: Path, codec: TextCodec, tmp_path: Path
+) -> None:
+    corpus = Counting([Source(str(folder))], Splitting("text", *percents))
+    counts = text_corpus.hold_out(tmp_path, corpus, codec, Recipe(1000), 4)
+    assert [counts["val"], counts["test"]] == [4 * (percent > 0) for percent in percents]
+    assert corpus.num_read <= most  # of 140
 
 
 def data_with_ids(batches: Iterable[Batch]) -> Iterator[Batch]:
