@@ -1,6 +1,6 @@
 """What does a training step of the prior cost with stored latents, against one that encodes its texts? In one run.
 
-    python benchmarks/latent_cache.py [--steps 40] [--repeats 3] [--work_dir DIR]
+    python benchmarks/latent_cache.py [--steps 40] [--repeats 3] [--max_functions N] [--work_dir DIR]
 
 The system is the quickstart's: its encoder is trained for a single step, which costs as much as a trained one. Its
 corpus is encoded by `crocodil encode`, then the quickstart's prior is trained with and without the stored latents,
@@ -15,6 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,51 +52,64 @@ class StepSeconds(Callback):
         return statistics.median(np.diff(self.ends)[WARM_UP:].tolist())
 
 
-def train_autoencoder(work_dir: Path) -> Path:
-    """A checkpoint of the quickstart's autoencoder after one step."""
-    one_step = ["--trainer.max_steps=1", f"--data.init_args.cache_dir={work_dir / 'cache'}"]
-    folders = {stage: work_dir / stage for stage in ("demasker", "autoencoder")}
-    base = f"--model.init_args.demasker_checkpoint={folders['demasker'] / 'checkpoints' / 'last.ckpt'}"
-    for stage, more in (("demasker", []), ("autoencoder", [base])):
-        config = f"--config={CONFIGS / f'quickstart_{stage}.yaml'}"
-        run(["fit", config, f"--trainer.default_root_dir={folders[stage]}", *one_step, *more])
-    return folders["autoencoder"] / "checkpoints" / "last.ckpt"
+@dataclass(frozen=True)
+class Bench:
+    """Where everything lies, and on how much of the corpus it runs."""
 
+    work_dir: Path
+    max_functions: int | None
 
-def store_latents(checkpoint: Path, work_dir: Path) -> float:
-    """Encodes the training split; the seconds it took."""
-    start = time.perf_counter()
-    options = {
-        "config": CONFIGS / "quickstart_prior.yaml",
-        "model.init_args.autoencoder_checkpoint": checkpoint,
-        "data.init_args.cache_dir": work_dir / "cache",
-        "output": work_dir / "latents",
-    }
-    run(["encode", *(f"--{name}={value}" for name, value in options.items())])
-    return time.perf_counter() - start
+    @property
+    def data_options(self) -> list[str]:
+        """For the command line."""
+        most = "null" if self.max_functions is None else self.max_functions
+        return [f"--data.init_args.cache_dir={self.work_dir / 'cache'}", f"--data.init_args.max_functions={most}"]
 
+    def checkpoint(self, stage: str) -> Path:
+        """Of a stage."""
+        return self.work_dir / stage / "checkpoints" / "last.ckpt"
 
-def seconds_per_step(checkpoint: Path, work_dir: Path, is_stored: bool, condition_share: float, steps: int) -> float:
-    """Median wall-clock of a training step."""
-    latents = str(work_dir / "latents") if is_stored else None
-    data = CanonicalFunctions(64, 64, cache_dir=str(work_dir / "cache"), latents=latents)
-    schedule = TangentSchedule(d=3.0)
-    module = PriorModule(
-        data.vocabulary, str(checkpoint), NETWORK, noise_schedule=schedule, condition_share=condition_share
-    )
-    seconds = StepSeconds()
-    trainer = Trainer(
-        max_steps=steps + WARM_UP,
-        callbacks=[seconds],
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=data)
-    return seconds.median
+    def train_autoencoder(self) -> None:
+        """One step of the quickstart's demasker, and one of its autoencoder."""
+        base = f"--model.init_args.demasker_checkpoint={self.checkpoint('demasker')}"
+        for stage, more in (("demasker", []), ("autoencoder", [base])):
+            folder = f"--trainer.default_root_dir={self.work_dir / stage}"
+            config = f"--config={CONFIGS / f'quickstart_{stage}.yaml'}"
+            run(["fit", config, folder, "--trainer.max_steps=1", *self.data_options, *more])
+
+    def store_latents(self) -> float:
+        """Encodes the training split; the seconds it took."""
+        start = time.perf_counter()
+        autoencoder = f"--model.init_args.autoencoder_checkpoint={self.checkpoint('autoencoder')}"
+        config, output = f"--config={CONFIGS / 'quickstart_prior.yaml'}", f"--output={self.work_dir / 'latents'}"
+        run(["encode", config, output, autoencoder, *self.data_options])
+        return time.perf_counter() - start
+
+    def seconds_per_step(self, is_stored: bool, condition_share: float, steps: int) -> float:
+        """Median wall-clock of a training step."""
+        latents = str(self.work_dir / "latents") if is_stored else None
+        cache = str(self.work_dir / "cache")
+        data = CanonicalFunctions(64, 64, max_functions=self.max_functions, cache_dir=cache, latents=latents)
+        module = PriorModule(
+            data.vocabulary,
+            str(self.checkpoint("autoencoder")),
+            NETWORK,
+            noise_schedule=TangentSchedule(d=3.0),
+            condition_share=condition_share,
+        )
+        seconds = StepSeconds()
+        trainer = Trainer(
+            max_steps=steps + WARM_UP,
+            callbacks=[seconds],
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=data)
+        return seconds.median
 
 
 def rows_per_second(store: LatentStore, batch_size: int = 64, seconds: float = 2.0) -> float:
@@ -109,18 +123,18 @@ def rows_per_second(store: LatentStore, batch_size: int = 64, seconds: float = 2
     return count / spent
 
 
-def measure(work_dir: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(bench: Bench, steps: int, repeats: int) -> dict[str, Any]:
     """All figures."""
-    checkpoint = train_autoencoder(work_dir)
-    figures: dict[str, Any] = {"encode_seconds": store_latents(checkpoint, work_dir)}
+    bench.train_autoencoder()
+    figures: dict[str, Any] = {"encode_seconds": bench.store_latents()}
     for share in (0.25, 0.0):
         found: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(options.repeats):
+        for _ in range(repeats):
             for is_stored, values in found.items():
-                values.append(seconds_per_step(checkpoint, work_dir, is_stored, share, options.steps))
+                values.append(bench.seconds_per_step(is_stored, share, steps))
         encodes, stored = (statistics.median(values) for values in found.values())
         figures[f"condition_share_{share}"] = {"encodes": encodes, "stored": stored, "ratio": encodes / stored}
-    store = LatentStore(work_dir / "latents" / "train")
+    store = LatentStore(bench.work_dir / "latents" / "train")
     return figures | {"rows": len(store), "rows_read_per_second": rows_per_second(store)}
 
 
@@ -129,10 +143,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--max_functions", type=int, help="of the corpus, for a quick look; default: all")
     parser.add_argument("--work_dir", help="keeps corpus, checkpoints and latents; default: a temporary folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        figures = measure(Path(options.work_dir or temporary), options)
+        bench = Bench(Path(options.work_dir or temporary), options.max_functions)
+        figures = measure(bench, options.steps, options.repeats)
     machine = {
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
