@@ -316,7 +316,7 @@ def test_a_lane_without_a_training_document_is_one_sentence(lane: Callable[..., 
     assert_ends(lane(5, 6, corpus=few), r"each of 6 lanes \(processes times workers\), got none for lane 6")
 
 
-@pytest.mark.parametrize("weights", [(), (1.0, 2.0)])
+@pytest.mark.parametrize("weights", [(), (1.0, 2.0), (1.0, 0.0)])
 def test_documents_of_which_none_has_the_length_asked_for_are_one_sentence(
     weights: tuple[float, ...], lane: Callable[..., Lane]
 ) -> None:
