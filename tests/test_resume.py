@@ -44,17 +44,18 @@ trainer:
 """
 DROPOUT = ["--model.init_args.network.attention_dropout=0.2"]
 SHORT = ["--trainer.max_steps=60"]
+PREVIOUS = {"autoencoder": ("demasker_checkpoint", "demasker"), "prior": ("autoencoder_checkpoint", "autoencoder")}
 FEW_BATCHES = ["--data.init_args.batch_size=40"]  # 8 an epoch: kills meet the ends of epochs, too
 SAVING: dict[str, Any] = {"enable_checkpointing": True}
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:.*smaller than the logging interval")
 
 
-def arguments(system: Any, stage: str, folder: Path, *more: str) -> list[str]:
+def arguments(system: Any, stage: str, folder: Path, *more: str, family: str = "quickstart") -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.yaml").write_text(RUN.format(folder=folder))
     return system.arguments(
         "fit", stage, f"--config={folder / 'run.yaml'}", f"--trainer.default_root_dir={folder}", *FEW_BATCHES,
-        "--trainer.max_steps=240", "--trainer.val_check_interval=15", *more
+        "--trainer.max_steps=240", "--trainer.val_check_interval=15", *more, family=family
     )  # fmt: skip
 
 
@@ -89,12 +90,14 @@ def wait_for(process: subprocess.Popen[bytes], folder: Path, num_checkpoints: in
         time.sleep(0.002)
 
 
-def kill_again_and_again(command: list[str], folder: Path, num_kills: int, rng: random.Random) -> list[int]:
+def kill_again_and_again(
+    command: list[str], folder: Path, num_kills: int, rng: random.Random, workers: tuple[int, ...] = (0, 2)
+) -> list[int]:
     """Starts the command so often and kills it at random moments; the steps that were saved each time."""
     steps = []
     for attempt in range(num_kills):
-        workers = f"--data.init_args.num_workers={2 * (attempt % 2)}"
-        with started([*command, workers], folder) as process:
+        reading = f"--data.init_args.num_workers={workers[attempt % len(workers)]}"
+        with started([*command, reading], folder) as process:
             wait_for(process, folder, rng.randrange(1, 4))
             time.sleep(rng.uniform(0, 0.15))
             assert process.poll() is None, f"ended before it was killed: {(folder / 'errors.txt').read_text()}"
@@ -186,6 +189,41 @@ def test_ten_kills_change_nothing(stage: str, tiny_system: Any, tmp_path: Path) 
     assert len(set(steps)) > 5 and steps == sorted(steps) and steps[-1] < 240
     run_trainer(command)
     assert_same_end(tmp_path / "killed", tmp_path / "truth")
+
+
+def streamed(system: Any, stage: str, folder: Path, layout: str, *more: str) -> list[str]:
+    """A run that reads its texts on the fly: chunks, passes and epochs of the Trainer end at places of their own."""
+    settings = {
+        "streaming": "true",
+        "vocab_size": 280,
+        "layout": layout,
+        "shuffle_buffer": 20,
+        "batches_per_epoch": 9,
+        "num_workers": 2,
+        "batch_size": 16,
+    }
+    options = [f"--data.init_args.{name}={value}" for name, value in settings.items()]
+    if stage in PREVIOUS:
+        argument, before = PREVIOUS[stage]
+        path = folder.parent.parent / before / "truth" / "checkpoints" / "last.ckpt"
+        options.append(f"--model.init_args.{argument}={path}")
+    return arguments(system, stage, folder, *options, *more, family="source")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["grouped", "packed"])
+def test_kills_change_nothing_where_data_are_streamed(layout: str, tiny_system: Any, tmp_path: Path) -> None:
+    print("CROCODIL_KILL_SEED", SEED)
+    for stage in ("demasker", "autoencoder", "prior"):
+        truth, killed = tmp_path / stage / "truth", tmp_path / stage / "killed"
+        with started(streamed(tiny_system, stage, truth, layout), truth) as process:
+            assert process.wait() == 0, (truth / "errors.txt").read_text()
+        command = streamed(tiny_system, stage, killed, layout)
+        steps = kill_again_and_again(command, killed, 2, random.Random(f"{SEED} {stage} {layout}"), workers=(2,))
+        assert 0 < steps[0] <= steps[1] < 240
+        with started(command, killed) as process:
+            assert process.wait() == 0, (killed / "errors.txt").read_text()
+        assert_same_end(killed, truth)
 
 
 @pytest.mark.slow
