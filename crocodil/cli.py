@@ -61,7 +61,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guided_by", default="latents", help="what guidance compares without: latents or prompt")
     parser.add_argument("--cache", default="none", help="keys and values kept within a block: none, prefix or dual")
     parser.add_argument("--num_registers", type=int, help="read the first k registers only")
-    parser.add_argument("--prior_steps", type=int, default=32, help="steps of the latent prior")
+    parser.add_argument("--prior_network", help="what draws the sketch: prior or student; default: the prior, if any")
+    parser.add_argument("--prior_steps", type=int, help="its steps; default: 32 of a prior, 4 of a student")
     parser.add_argument("--refresh_steps", type=int, nargs="+", help="steps before which conwithindisc draws again")
     parser.add_argument("--prior_guidance_scale", type=float, default=1.0, help="of conditional draws; 1.0 is off")
     parser.add_argument("--compile", action="store_true", help="compile the networks: slow at first, then fast")
@@ -76,6 +77,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.description = "Collects the stages' networks into one folder for `crocodil sample`."
     parser.add_argument("--autoencoder", metavar="CKPT", help="checkpoint of the autoencoder stage")
     parser.add_argument("--prior", metavar="CKPT", help="checkpoint of the prior stage")
+    parser.add_argument("--student", metavar="CKPT", help="checkpoint of the student stage, a prior of few steps")
     parser.add_argument("--base", metavar="CKPT", help="checkpoint of the demasker stage, for the algorithm `masked`")
     parser.add_argument("--judge", metavar="CKPT", help="of the judge stage, alone: writes a folder for evaluations")
     parser.add_argument("--output", required=True, metavar="DIR")

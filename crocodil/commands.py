@@ -19,6 +19,7 @@ from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline
 from crocodil.samplers.latent import LatentProcess
+from crocodil.samplers.mean_flow import StudentProcess
 from crocodil.samplers.protocols import ProgressCallback, StepCallback, StepEvent
 
 
@@ -107,7 +108,14 @@ def open_pipeline(folder: str, device: str, **outputs: str | None) -> CrocodilPi
         raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def export(autoencoder: str | None, prior: str | None, base: str | None, output: str, judge: str | None = None) -> None:
+def export(
+    autoencoder: str | None,
+    prior: str | None,
+    base: str | None,
+    output: str,
+    judge: str | None = None,
+    student: str | None = None,
+) -> None:
     """Collects checkpoints into a pipeline folder, or turns a judge's into a folder of transformers.
 
     Args:
@@ -116,19 +124,22 @@ def export(autoencoder: str | None, prior: str | None, base: str | None, output:
         base: checkpoint of the demasker stage, which the algorithm "masked" samples from.
         output: folder to write.
         judge: checkpoint of the judge stage, instead of all others.
+        student: checkpoint of the student stage, trained on that autoencoder.
     """
     check_writable(output)
     if judge is not None:
-        if autoencoder or prior or base:
+        if autoencoder or prior or base or student:
             raise ValueError("a judge has a folder of its own: give --judge and --output alone")
         build_judge(judge).save_pretrained(output)
         Console(stderr=True).print(f"judge written to {output}; name it in lightning_configs/eval_*.yaml")
         return
-    build_pipeline(autoencoder, prior, base).save_pretrained(output)
+    build_pipeline(autoencoder, prior, base, student).save_pretrained(output)
     Console(stderr=True).print(f"pipeline written to {output}; try: crocodil sample --pipeline {output}")
 
 
-def build_pipeline(autoencoder: str | None, prior: str | None, base: str | None) -> CrocodilPipeline:
+def build_pipeline(
+    autoencoder: str | None, prior: str | None, base: str | None, student: str | None = None
+) -> CrocodilPipeline:
     """The pipeline of some checkpoints, on the CPU.
 
     Raises:
@@ -136,20 +147,23 @@ def build_pipeline(autoencoder: str | None, prior: str | None, base: str | None)
     """
     base_checkpoint = None if base is None else StageCheckpoint(base, "demasker")
     if autoencoder is None:
-        if base_checkpoint is None or prior is not None:
-            raise ValueError("export needs --autoencoder (and --prior), or --base alone for a plain model")
+        if base_checkpoint is None or prior is not None or student is not None:
+            raise ValueError(
+                "export needs --autoencoder (and --prior, --student or both), or --base alone for a plain model"
+            )
         return CrocodilPipeline(base_checkpoint.demasker(), base_checkpoint.codec)
     checkpoint = StageCheckpoint(autoencoder, "autoencoder")
     parts: dict[str, Any] = {"encoder": checkpoint.encoder()}
     if prior is not None:
         prior_checkpoint = StageCheckpoint(prior, "prior")
-        trained_on = prior_checkpoint.networks["autoencoder"]
-        if trained_on != parts["encoder"].fingerprint():
-            raise ValueError(
-                f"{prior} was trained on another autoencoder than {autoencoder}; export the one it belongs to"
-            )
+        prior_checkpoint.check_autoencoder(parts["encoder"], autoencoder)
         parts["prior"] = prior_checkpoint.prior()
         parts["latent_process"] = LatentProcess.from_dict(prior_checkpoint.networks["latent_process"])
+    if student is not None:
+        student_checkpoint = StageCheckpoint(student, "student")
+        student_checkpoint.check_autoencoder(parts["encoder"], autoencoder)
+        parts["student"] = student_checkpoint.student()
+        parts["student_process"] = StudentProcess.from_dict(student_checkpoint.networks["student_process"])
     if base_checkpoint is not None:
         parts["base"] = base_checkpoint.demasker()
     return CrocodilPipeline(checkpoint.demasker(), checkpoint.codec, **parts)

@@ -15,15 +15,19 @@ from crocodil.data.codec import TextCodec
 from crocodil.diffusion.noise import RowNoise
 from crocodil.evaluation.cost import Cost, bill, network_flops
 from crocodil.evaluation.stopwatch import Stopwatch
-from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.models import Demasker, LatentPrior, LatentStudent, RegisterEncoder
 from crocodil.pipeline_folder import Network, read_folder, write_folder
-from crocodil.samplers import ConThenDisc, ConWithinDisc, LatentSampler, MaskedSampler, SampleOutput
+from crocodil.samplers import ConThenDisc, ConWithinDisc, MaskedSampler, SampleOutput
 from crocodil.samplers.conthendisc import first_registers
-from crocodil.samplers.latent import LatentProcess, Solver
+from crocodil.samplers.latent import LatentProcess, RegisterSampler, Solver
+from crocodil.samplers.mean_flow import StudentProcess
 from crocodil.samplers.protocols import ProgressCallback, StepCallback
 
 Algorithm = Literal["masked", "conthendisc", "conwithindisc"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
+PriorNetwork = Literal["prior", "student"]
+DEFAULT_STEPS: dict[PriorNetwork, tuple[int, int]] = {"prior": (32, 8), "student": (4, 2)}
+"""Of a first draw and of a later one."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,11 @@ class CrocodilPipeline:
         demasker: f_theta.
         codec: text to token ids and back.
         encoder: h_phi; needed for ConWithinDisc.
-        prior: G_psi; needed for ConThenDisc and ConWithinDisc.
+        prior: G_psi; needed for ConThenDisc and ConWithinDisc, unless there is a student.
         latent_process: how the prior was trained.
         base: the plain masked-diffusion model that "masked" samples from; None samples the demasker without latents.
+        student: the distilled prior, which needs few steps.
+        student_process: how it was trained.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class CrocodilPipeline:
         prior: LatentPrior | None = None,
         latent_process: LatentProcess | None = None,
         base: Demasker | None = None,
+        student: LatentStudent | None = None,
+        student_process: StudentProcess | None = None,
     ) -> None:
         self.demasker = demasker
         self.codec = codec
@@ -68,6 +76,8 @@ class CrocodilPipeline:
         self.prior = prior
         self.latent_process = latent_process or LatentProcess()
         self.base = base
+        self.student = student
+        self.student_process = student_process or StudentProcess()
         self.is_compiled = False
         self._flops: dict[tuple[Any, ...], dict[str, int]] = {}
         for network in self.networks().values():
@@ -75,7 +85,13 @@ class CrocodilPipeline:
 
     def networks(self) -> dict[str, Network]:
         """The networks the pipeline has, by name."""
-        given = {"demasker": self.demasker, "encoder": self.encoder, "prior": self.prior, "base": self.base}
+        given = {
+            "demasker": self.demasker,
+            "encoder": self.encoder,
+            "prior": self.prior,
+            "student": self.student,
+            "base": self.base,
+        }
         return {name: network for name, network in given.items() if network is not None}
 
     @property
@@ -90,12 +106,13 @@ class CrocodilPipeline:
         return self
 
     def compile(self) -> "CrocodilPipeline":
-        """Compiles all networks, in place; on a GPU the prior's steps become CUDA graphs.
+        """Compiles all networks, in place; on a GPU the steps of prior and student become CUDA graphs.
 
         The first texts of each length and batch size then take minutes.
         """
         for name, network in self.networks().items():
-            network.compile(mode="reduce-overhead" if name == "prior" and self.device.type == "cuda" else None)
+            draws = name in ("prior", "student")
+            network.compile(mode="reduce-overhead" if draws and self.device.type == "cuda" else None)
         self.is_compiled = True
         return self
 
@@ -110,9 +127,10 @@ class CrocodilPipeline:
         *,
         first_sample: int = 0,
         num_registers: int | None = None,
-        prior_steps: int = 32,
+        prior_network: PriorNetwork | None = None,
+        prior_steps: int | None = None,
         refresh_steps: Sequence[int] | None = None,
-        refresh_prior_steps: int = 8,
+        refresh_prior_steps: int | None = None,
         solver: Solver = "dpmpp_2m",
         prior_guidance_scale: float = 1.0,
         stop: str | Sequence[str] | None = None,
@@ -133,11 +151,12 @@ class CrocodilPipeline:
             seed: sample i draws from the stream of `seed` and i alone, whatever the batch size.
             first_sample: the i of the first sample, so that several processes can each write a share.
             num_registers: registers the demasker reads, the first k of K; None for all.
-            prior_steps: steps of the prior for the first draw.
+            prior_network: what draws the registers, "prior" or "student"; None takes the prior if there is one.
+            prior_steps: its steps for the first draw; None takes 32 of the prior, 4 of the student.
             refresh_steps: see `ConWithinDisc`.
-            refresh_prior_steps: steps of the prior for the later draws.
-            solver: see `LatentSampler`.
-            prior_guidance_scale: of conditional draws of the prior; 1.0 is off.
+            refresh_prior_steps: its steps for the later draws; None takes 8 of the prior, 2 of the student.
+            solver: see `LatentSampler`; a student has none.
+            prior_guidance_scale: of conditional draws of the prior; 1.0 is off. A student has its own in its weights.
             stop: texts are cut before the first of these strings behind the prompt.
             batch_size: texts written at once.
             progress: called as `progress(network, done, total)` over all batches.
@@ -154,13 +173,13 @@ class CrocodilPipeline:
         check_batch_and_seed(batch_size, seed)
         prompt_ids = self._prompt_ids(prompts, num_samples)
         length = self._checked_length(length, max(map(len, prompt_ids)))
-        self.check_networks(algorithm, num_registers)
+        self.check_networks(algorithm, num_registers, prior_network)
         stopwatch = Stopwatch(self.device)
         draw = self.bound_sampler(
             algorithm,
             masked_sampler(num_steps, static_shapes=self.is_compiled, **sampler),
-            self.latent_process.sampler(prior_steps, solver, prior_guidance_scale),
-            self.latent_process.sampler(refresh_prior_steps, solver, prior_guidance_scale),
+            self.latent_sampler(prior_steps, prior_network, solver, prior_guidance_scale),
+            self.latent_sampler(refresh_prior_steps, prior_network, solver, prior_guidance_scale, refresh=True),
             refresh_steps,
             num_registers,
             stopwatch,
@@ -291,7 +310,49 @@ class CrocodilPipeline:
             )
         return length
 
-    def check_networks(self, algorithm: str, num_registers: int | None) -> None:
+    def latent_sampler(
+        self,
+        num_steps: int | None = None,
+        prior_network: PriorNetwork | None = None,
+        solver: Solver = "dpmpp_2m",
+        guidance_scale: float = 1.0,
+        refresh: bool = False,
+    ) -> RegisterSampler:
+        """What draws the registers.
+
+        Args:
+            num_steps: see `__call__`, as for what follows.
+            prior_network: likewise.
+            solver: likewise.
+            guidance_scale: likewise.
+            refresh: take the usual steps of a later draw.
+
+        Raises:
+            ValueError: if a setting is out of range.
+        """
+        network = prior_network or self._usual_network()
+        if network not in DEFAULT_STEPS:
+            raise ValueError(f"prior_network must be prior or student, got {network!r}")
+        num_steps = DEFAULT_STEPS[network][refresh] if num_steps is None else num_steps
+        if network == "prior":
+            return self.latent_process.sampler(num_steps, solver, guidance_scale)
+        own = self.student_process.guidance_scale
+        if guidance_scale not in (1.0, own):
+            raise ValueError(
+                f"prior_guidance_scale must be 1.0 or {own}, which is in the student's weights, got {guidance_scale}"
+            )
+        return self.student_process.sampler(num_steps)
+
+    def _usual_network(self) -> PriorNetwork:
+        return "student" if self.prior is None and self.student is not None else "prior"
+
+    def _is_conditional(self, network: str) -> bool:
+        """Whether a prior or student was trained with conditions."""
+        return (self.latent_process if network == "prior" else self.student_process).conditional
+
+    def check_networks(
+        self, algorithm: str, num_registers: int | None, prior_network: PriorNetwork | None = None
+    ) -> None:
         """Refuses an algorithm that is unknown or lacks a network, and a number of registers that was not trained.
 
         Raises:
@@ -301,21 +362,25 @@ class CrocodilPipeline:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
         if algorithm == "masked":
             return
-        if self.prior is None or self.encoder is None:
+        if self.encoder is None or self.prior is self.student is None:
             raise ValueError(f"{algorithm} needs an encoder and a prior, but this pipeline has none; use masked")
-        if algorithm == "conwithindisc" and not self.latent_process.conditional:
-            raise ValueError("conwithindisc needs a prior trained with condition_share above 0; use conthendisc")
-        if num_registers is not None and not 1 <= num_registers <= self.prior.num_registers:
+        network = prior_network or self._usual_network()
+        if network not in self.networks():
+            has = "prior" if self.student is None else "student"
+            raise ValueError(f"prior_network must be {has}, the only one this pipeline has, got {network!r}")
+        if algorithm == "conwithindisc" and not self._is_conditional(network):
+            raise ValueError(f"conwithindisc needs a {network} trained with condition_share above 0; use conthendisc")
+        if num_registers is not None and not 1 <= num_registers <= self.encoder.num_registers:
             raise ValueError(
-                f"num_registers must be between 1 and the trained {self.prior.num_registers}, got {num_registers}"
+                f"num_registers must be between 1 and the trained {self.encoder.num_registers}, got {num_registers}"
             )
 
     def bound_sampler(
         self,
         algorithm: Algorithm,
         sampler: MaskedSampler,
-        first: LatentSampler,
-        later: LatentSampler,
+        first: RegisterSampler,
+        later: RegisterSampler,
         refresh_steps: Sequence[int] | None,
         num_registers: int | None,
         stopwatch: Stopwatch,
@@ -325,8 +390,8 @@ class CrocodilPipeline:
         Args:
             algorithm: see `__call__`.
             sampler: fills the tokens in.
-            first: draws the registers.
-            later: draws those of ConWithinDisc's refreshes.
+            first: draws the registers; see `latent_sampler`.
+            later: draws those of ConWithinDisc's refreshes, with the same network.
             refresh_steps: see `ConWithinDisc`.
             num_registers: see `__call__`.
             stopwatch: times the networks.
@@ -335,10 +400,10 @@ class CrocodilPipeline:
         if algorithm == "masked":
             plain = stopwatch.timed("demasker", self.base or self.demasker)
             return partial(sampler.sample, plain, device=self.device)
-        demasker, prior, encoder = timed["demasker"], timed["prior"], timed["encoder"]
+        demasker, prior, encoder = timed["demasker"], timed[first.network], timed["encoder"]
         if algorithm == "conthendisc":
             then = ConThenDisc(sampler, first, num_registers)
-            reader = encoder if self.latent_process.conditional else None
+            reader = encoder if self._is_conditional(first.network) else None
             return partial(then.sample, demasker, prior, reader, device=self.device)
         within = ConWithinDisc(sampler, first, later, refresh_steps, num_registers)
         return partial(within.sample, demasker, prior, encoder, device=self.device)
@@ -350,7 +415,7 @@ class CrocodilPipeline:
         num_registers: int | None = None,
         windows: Sequence[int] = (),
     ) -> dict[str, int]:
-        """FLOPs of one call of each network the algorithm uses; `length` counts the prompt. See `network_flops`.
+        """FLOPs of one call of each network the algorithm may use; `length` counts the prompt. See `network_flops`.
 
         They depend on shapes alone, so each is counted once.
         """
@@ -362,8 +427,10 @@ class CrocodilPipeline:
             else:
                 assert self.encoder is not None
                 registers = num_registers or self.encoder.num_registers
-                prior = None if algorithm == "reconstruct" else self.prior
-                self._flops[key] = network_flops(length, self.demasker, registers, prior, self.encoder, unit, windows)
+                prior, student = (None, None) if algorithm == "reconstruct" else (self.prior, self.student)
+                self._flops[key] = network_flops(
+                    length, self.demasker, registers, prior, self.encoder, unit, windows, student
+                )
         return self._flops[key]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -372,7 +439,7 @@ class CrocodilPipeline:
         Args:
             folder: created if absent.
         """
-        write_folder(Path(folder), self.networks(), self.codec, self.latent_process)
+        write_folder(Path(folder), self.networks(), self.codec, self.latent_process, self.student_process)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

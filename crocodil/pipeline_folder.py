@@ -9,23 +9,29 @@ from typing import Any
 
 from crocodil.data.codec import TextCodec
 from crocodil.data.retokenizer import Retokenizer
-from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.models import Demasker, LatentPrior, LatentStudent, RegisterEncoder
 from crocodil.samplers.latent import LatentProcess
+from crocodil.samplers.mean_flow import StudentProcess
 
 PIPELINE_FILE = "crocodil.json"
 ENCODER_TOKENIZER = "encoder_tokenizer"
 FORMAT = 1
-Network = Demasker | RegisterEncoder | LatentPrior
+Network = Demasker | RegisterEncoder | LatentPrior | LatentStudent
 NETWORKS: dict[str, type[Network]] = {
     "demasker": Demasker,
     "encoder": RegisterEncoder,
     "prior": LatentPrior,
+    "student": LatentStudent,
     "base": Demasker,
 }
 
 
 def write_folder(
-    folder: Path, networks: Mapping[str, Network], codec: TextCodec, latent_process: LatentProcess
+    folder: Path,
+    networks: Mapping[str, Network],
+    codec: TextCodec,
+    latent_process: LatentProcess,
+    student_process: StudentProcess,
 ) -> None:
     """Writes what a pipeline consists of.
 
@@ -34,6 +40,7 @@ def write_folder(
         networks: some of `NETWORKS`, by name.
         codec: text to token ids and back.
         latent_process: how the prior was trained.
+        student_process: how the student was trained.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in networks.items():
@@ -48,6 +55,8 @@ def write_folder(
         "networks": list(networks),
         "latent_process": asdict(latent_process),
     }
+    if "student" in networks:
+        description["student_process"] = asdict(student_process)
     (folder / PIPELINE_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -67,7 +76,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
     if (folder / ENCODER_TOKENIZER).is_dir():
         own = TextCodec.from_pretrained(folder / ENCODER_TOKENIZER)
         parts["encoder"].translate = Retokenizer(codec, own)
-    return parts | {"codec": codec, "latent_process": LatentProcess.from_dict(description["latent_process"])}
+    parts |= {"codec": codec, "latent_process": LatentProcess.from_dict(description["latent_process"])}
+    if "student" in parts:
+        parts["student_process"] = StudentProcess.from_dict(description["student_process"])
+    return parts
 
 
 def is_pipeline(folder: str | Path) -> bool:

@@ -159,14 +159,19 @@ STAGE_OPTIONS = {
         "model.init_args.network.num_layers": 2,
         "model.init_args.network.num_heads": 2,
     },
+    "student": {},
     "judge": NETWORK_OPTIONS,
 }
-PREVIOUS = {"autoencoder": ("demasker_checkpoint", "demasker"), "prior": ("autoencoder_checkpoint", "autoencoder")}
+PREVIOUS = {
+    "autoencoder": {"demasker_checkpoint": "demasker"},
+    "prior": {"autoencoder_checkpoint": "autoencoder"},
+    "student": {"prior_checkpoint": "prior", "autoencoder_checkpoint": "autoencoder"},
+}
 
 
 @dataclass(frozen=True)
 class TinySystem:
-    """All four stages, trained for two steps each by the CLI on 375 generated functions; K = 4, D = 8, L = 32."""
+    """Four stages, trained for two steps each by the CLI on 375 generated functions; K = 4, D = 8, L = 32."""
 
     root: Path
 
@@ -182,8 +187,7 @@ class TinySystem:
             "data.init_args.cache_dir": self.root / "cache",
             "trainer.default_root_dir": self.root / stage,
         }
-        if stage in PREVIOUS:
-            argument, previous = PREVIOUS[stage]
+        for argument, previous in PREVIOUS.get(stage, {}).items():
             options[f"model.init_args.{argument}"] = self.checkpoint(previous)
         config = Path(__file__).parents[1] / "lightning_configs" / f"{family}_{stage}.yaml"
         return [command, f"--config={config}", *(f"--{name}={value}" for name, value in options.items()), *more]
@@ -202,9 +206,10 @@ class TinySystem:
         network = {name.removeprefix(prefix): value for name, value in STAGE_OPTIONS[stage].items() if prefix in name}
         if stage in ("demasker", "judge"):
             network |= {"model_type": "llama", "max_position_embeddings": 32}
-        given: dict[str, Any] = {"network": network} if network else {"num_registers": 4, "latent_dim": 8}
-        if stage in PREVIOUS:
-            argument, previous = PREVIOUS[stage]
+        given: dict[str, Any] = {"network": network} if network else {}
+        if stage == "autoencoder":
+            given = {"num_registers": 4, "latent_dim": 8}
+        for argument, previous in PREVIOUS.get(stage, {}).items():
             given[argument] = str(self.checkpoint(previous))
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -222,9 +227,18 @@ def tiny_system(tmp_path_factory: pytest.TempPathFactory) -> TinySystem:
     for i, (a, b, c) in enumerate(product("+-*/%", repeat=3)):
         functions = [f"def g(a, b):\n    c = a {a} b\n    return c {b} a {c} {last}\n" for last in "abc"]
         (system.root / "corpus" / f"m{i:03d}.py").write_text("\n\n".join(functions))
-    for stage in STAGE_OPTIONS:
+    for stage in ("demasker", "autoencoder", "prior", "judge"):
         run_trainer(system.arguments("fit", stage))
     return system
+
+
+@pytest.fixture(scope="session")
+def student_checkpoint(tiny_system: TinySystem) -> Path:
+    """A student of the trained system's prior, two steps on; do not change it."""
+    from crocodil.trainer_cli import run_trainer
+
+    run_trainer(tiny_system.arguments("fit", "student"))
+    return tiny_system.checkpoint("student")
 
 
 @pytest.fixture(scope="session")

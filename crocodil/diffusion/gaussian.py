@@ -12,12 +12,23 @@ PredictionType = Literal["x0", "eps", "v"]
 
 
 @dataclass(frozen=True)
-class GaussianPoint:
-    """A schedule at t; every field has the shape and dtype of t. `d_` is the derivative with respect to t."""
+class NoiseLevel:
+    """log SNR = log(alpha_t^2 / sigma_t^2), signal and noise of a variance-preserving process; all of one shape."""
 
     log_snr: Tensor
     alpha_t: Tensor
     sigma_t: Tensor
+
+    @staticmethod
+    def at(log_snr: Tensor) -> "NoiseLevel":
+        """The level of a log SNR, any float shape; infinity is no noise."""
+        return NoiseLevel(log_snr, torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt())
+
+
+@dataclass(frozen=True)
+class GaussianPoint(NoiseLevel):
+    """A schedule at t; every field has the shape and dtype of t. `d_` is the derivative with respect to t."""
+
     d_log_snr: Tensor
     d_alpha_t: Tensor
     d_sigma_t: Tensor
@@ -56,12 +67,12 @@ class TangentSchedule:
         )
 
 
-def add_noise(latents: Tensor, noise: Tensor, point: GaussianPoint) -> Tensor:
+def add_noise(latents: Tensor, noise: Tensor, point: NoiseLevel) -> Tensor:
     """z_t = alpha_t z_0 + sigma_t noise; latents and noise (B, K, D), the schedule at (B,) times."""
     return _expand(point.alpha_t, latents) * latents + _expand(point.sigma_t, latents) * noise
 
 
-def to_x0(output: Tensor, noisy_latents: Tensor, point: GaussianPoint, prediction_type: PredictionType) -> Tensor:
+def to_x0(output: Tensor, noisy_latents: Tensor, point: NoiseLevel, prediction_type: PredictionType) -> Tensor:
     """The estimate of z_0 in a network's output.
 
     Args:

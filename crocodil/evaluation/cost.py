@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.models import Demasker, LatentPrior, LatentStudent, RegisterEncoder
 from crocodil.models.key_values import KeyValues
 
 
@@ -25,10 +25,10 @@ class Cost:
         tokens_per_second: written tokens of all texts, prompt excluded, over `seconds`; behind a stop token nothing is
             counted.
         tokens_per_call: written tokens of a text over its demasker calls.
-        calls: calls of each network on a text: demasker, prior, encoder; "demasker[32]" is a call that computes 32
-            positions and has the rest from a cache. Of several batches, the mean over texts.
+        calls: calls of each network on a text: demasker, prior, student, encoder; "demasker[32]" is a call that
+            computes 32 positions and has the rest from a cache. Of several batches, the mean over texts.
         flops: FLOPs of one call on one text, by network as in `calls`; and of the `unit`.
-        seconds_by_part: wall-clock of demasker, prior, encoder, and of the rest, "sampling".
+        seconds_by_part: wall-clock of demasker, prior, student, encoder, and of the rest, "sampling".
     """
 
     nfe: float
@@ -91,6 +91,7 @@ def network_flops(
     encoder: RegisterEncoder | None = None,
     unit: Demasker | None = None,
     windows: Iterable[int] = (),
+    student: LatentStudent | None = None,
 ) -> dict[str, int]:
     """FLOPs of one call of each network on one text of `length` tokens.
 
@@ -102,9 +103,10 @@ def network_flops(
         encoder: h_phi, if the algorithm uses it.
         unit: the plain demasker that one function evaluation is measured by; None takes `demasker` without latents.
         windows: numbers of positions that calls with a cache compute.
+        student: the distilled prior, if there is one.
 
     Returns:
-        Entries demasker, demasker[window] for each window, prior, encoder (as given) and unit.
+        Entries demasker, demasker[window] for each window, prior, student, encoder (as given) and unit.
     """
     token_ids = torch.zeros((1, length), dtype=torch.int64)
     flops = {"unit": count_flops(unit or demasker, token_ids)}
@@ -116,6 +118,9 @@ def network_flops(
         flops[f"demasker[{window}]"] = count_flops(demasker, token_ids, window=window, **read)
     if prior is not None:
         flops["prior"] = count_flops(prior, torch.zeros((1, prior.num_registers, prior.latent_dim)), torch.zeros(1))
+    if student is not None:
+        noisy, level = torch.zeros((1, student.num_registers, student.latent_dim)), torch.zeros(1)
+        flops["student"] = count_flops(student, noisy, level, level)
     if encoder is not None:
         flops["encoder"] = count_flops(encoder, token_ids)
     return flops

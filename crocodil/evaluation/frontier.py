@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from crocodil.evaluation.intervals import Interval, interval, ratio_interval
-from crocodil.evaluation.verdict import ENTROPY_SLACK, NAMES, Row, number, setting_words
+from crocodil.evaluation.verdict import ENTROPY_SLACK, NAMES, PRIOR, Row, number, setting_words
 
 HIGHER_IS_BETTER = {"parse_rate", "compile_rate", "mauve", "token_accuracy"}
 QUALITY_NAMES = {
@@ -23,7 +23,7 @@ QUALITY_NAMES = {
     "distance": "Fréchet distance",
 }
 SYSTEMS = ("conthendisc", "conwithindisc")
-CURVE = ("algorithm", "remasking", "temperature", "num_registers", "length")
+CURVE = ("algorithm", "remasking", "temperature", "num_registers", *PRIOR, "length")
 
 
 @dataclass(frozen=True)

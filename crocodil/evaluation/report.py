@@ -26,6 +26,7 @@ from crocodil.evaluation.verdict import (
     data_row,
     milliseconds,
     number,
+    sketch_words,
     spread,
     summarise,
     verdict,
@@ -106,7 +107,7 @@ def _cells(row: Row) -> list[str]:
     registers = "" if row["num_registers"] is None else f" k={row['num_registers']}"
     return [
         NAMES[row["algorithm"]],
-        (row["remasking"] or "").replace("_", " ") + registers,
+        (row["remasking"] or "").replace("_", " ") + registers + (f" {words}" if (words := sketch_words(row)) else ""),
         temperature,
         *cost,
         spread(row, "judge_nll"),

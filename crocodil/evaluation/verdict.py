@@ -26,8 +26,10 @@ NAMES = {
     "conwithindisc": "ConWithinDisc",
     "oracle": "Oracle",
 }
+PRIOR = ("prior_network", "prior_steps")
+"""What drew the sketch, in how many steps; None for what the whole table does."""
 MISSING = "\N{EN DASH}"
-SETTING = ("algorithm", "remasking", "temperature", "num_registers", "num_steps", "length")
+SETTING = ("algorithm", "remasking", "temperature", "num_registers", "num_steps", "length", *PRIOR)
 CALLS = ("demasker_calls", "prior_calls", "encoder_calls")
 MEASURES = (
     *CALLS,
@@ -64,13 +66,15 @@ def summarise(rows: list[Row]) -> list[Row]:
             item[measure], item[f"{measure}_std"] = mean_and_std([row.get(measure) for row in members])
         summary.append(item)
 
-    def place(row: Row) -> tuple[int, int, str, float, float]:
+    def place(row: Row) -> tuple[int, int, str, float, float, str, int]:
         return (
             list(NAMES).index(row["algorithm"]),
             -row["num_steps"],
             row["remasking"] or "",
             -(row["temperature"] or 0),
             row["num_registers"] or math.inf,
+            row["prior_network"] or "",
+            row["prior_steps"] or 0,
         )
 
     return sorted(summary, key=place)
@@ -175,7 +179,14 @@ def setting_words(row: Row) -> str:
     """Rule, registers and temperature of a row in words."""
     order = (row["remasking"] or "unknown").replace("_", " ")
     registers = f", first {row['num_registers']} registers" if row["num_registers"] is not None else ""
-    return f"{order} order{registers}" + (f", T = {row['temperature']:g}" if row["temperature"] is not None else "")
+    temperature = f", T = {row['temperature']:g}" if row["temperature"] is not None else ""
+    return f"{order} order{registers}{temperature}" + (f", {words}" if (words := sketch_words(row)) else "")
+
+
+def sketch_words(row: Row) -> str:
+    """What drew the sketch of a row, in how many steps; empty for what the whole table does."""
+    network, steps = (row.get(key) for key in PRIOR)
+    return f"{network or 'prior'}" + (f" of {steps} steps" if steps else "") if network or steps else ""
 
 
 def _ratio(row: Row, other: Row, measure: str) -> str:

@@ -21,7 +21,7 @@ from crocodil.evaluation.mauve import Mauve
 from crocodil.evaluation.perplexity import GenerativePerplexity
 from crocodil.evaluation.python_code import CompileRate, ParseRate, UndefinedNames
 from crocodil.experiments.cells import Ledger, Row, share_of, with_bar
-from crocodil.pipeline import CrocodilPipeline, PipelineResult
+from crocodil.pipeline import CrocodilPipeline, PipelineResult, PriorNetwork
 from crocodil.ranks import gather_rows, mean_over_items, rank_and_size
 
 NUM_EXAMPLES = 4
@@ -39,6 +39,8 @@ class SystemGrid:
         remasking: unmasking rule.
         temperature: of the drawn tokens.
         num_registers: how many registers the demasker reads; None for all.
+        prior_network: what draws them, "prior" or "student"; None takes the prior if there is one.
+        prior_steps: its steps for each draw; None takes those of the table.
     """
 
     algorithm: str
@@ -46,6 +48,8 @@ class SystemGrid:
     remasking: str = "random"
     temperature: list[float] = field(default_factory=lambda: [1.0])
     num_registers: int | None = None
+    prior_network: PriorNetwork | None = None
+    prior_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("base", "conthendisc", "conwithindisc", "oracle"):
@@ -53,6 +57,8 @@ class SystemGrid:
                 f"algorithm must be base, conthendisc, conwithindisc or oracle, got {self.algorithm!r}; data is always "
                 "measured"
             )
+        if self.algorithm in ("base", "oracle") and (self.prior_network or self.prior_steps):
+            raise ValueError(f"{self.algorithm} draws no registers: leave out its prior_network and prior_steps")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class Setting:
     temperature: float | None
     num_registers: int | None
     length: int
+    prior_network: PriorNetwork | None = field(default=None, kw_only=True)
+    prior_steps: int | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,16 @@ class Generation:
             for setting in (
                 Setting("data", 0, None, None, None, length),
                 *(
-                    Setting(grid.algorithm, num_steps, grid.remasking, temperature, grid.num_registers, length)
+                    Setting(
+                        grid.algorithm,
+                        num_steps,
+                        grid.remasking,
+                        temperature,
+                        grid.num_registers,
+                        length,
+                        prior_network=grid.prior_network,
+                        prior_steps=grid.prior_steps,
+                    )
                     for grid in self.systems
                     for temperature in grid.temperature
                     for num_steps in grid.num_steps
@@ -274,8 +291,9 @@ class Generation:
             seed=seed,
             first_sample=first_sample,
             num_registers=setting.num_registers,
-            prior_steps=self.prior_steps,
-            refresh_prior_steps=self.refresh_prior_steps,
+            prior_network=setting.prior_network,
+            prior_steps=setting.prior_steps or self.prior_steps,
+            refresh_prior_steps=setting.prior_steps or self.refresh_prior_steps,
             batch_size=batch_size,
             remasking=setting.remasking,
             temperature=setting.temperature,
@@ -292,11 +310,14 @@ class Generation:
         return [self.pipeline.codec.decode(row) for row in token_ids]
 
     def _costs(self, result: PipelineResult) -> Row:
-        """Calls of each network, equivalents and seconds of a text, as means over the texts of all processes."""
-        calls = {
-            f"{network}_calls": sum(count for name, count in result.cost.calls.items() if name.startswith(network))
-            for network in ("demasker", "prior", "encoder")
-        }
+        """Calls of each network, equivalents and seconds of a text, as means over the texts of all processes.
+
+        Those of a student stand in the place of the prior's: the row's `prior_network` tells which.
+        """
+        calls = dict.fromkeys(("demasker_calls", "prior_calls", "encoder_calls"), 0.0)
+        for name, count in result.cost.calls.items():
+            network = name.partition("[")[0]
+            calls[f"{'prior' if network == 'student' else network}_calls"] += count
         costs = calls | {"nfe": result.cost.nfe, "seconds_per_sample": result.cost.seconds / len(result.texts)}
         if result.cost.calls:
             costs["tokens_per_call"] = result.cost.tokens_per_call

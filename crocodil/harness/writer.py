@@ -39,7 +39,7 @@ class Writer(CrocodilPipeline):
             prior_steps: steps of the prior for the first draw.
             num_registers: registers the demasker reads.
         """
-        first, later = (self.latent_process.sampler(num_steps) for num_steps in (prior_steps, 8))
+        first, later = (self.latent_sampler(num_steps) for num_steps in (prior_steps, 8))
         draw = self.bound_sampler(algorithm, sampler, first, later, None, num_registers, Stopwatch(self.device))
         out = draw(
             length=length,

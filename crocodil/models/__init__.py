@@ -3,5 +3,6 @@
 from crocodil.models.demasker import Demasker
 from crocodil.models.encoder import RegisterEncoder
 from crocodil.models.prior import LatentPrior
+from crocodil.models.student import LatentStudent
 
-__all__ = ["Demasker", "LatentPrior", "RegisterEncoder"]
+__all__ = ["Demasker", "LatentPrior", "LatentStudent", "RegisterEncoder"]

@@ -83,12 +83,31 @@ class LatentPrior(nn.Module):
         Returns:
             (B, K, D): the network's output in its prediction type (z_0 for "x0").
         """
-        modulation = self.noise_embedding(log_snr)
+        return self.denoise(noisy_latents, self.noise_embedding(log_snr), self_condition, condition, condition_mask)
+
+    def denoise(
+        self,
+        noisy_latents: Tensor,
+        modulation: Tensor,
+        self_condition: Tensor | None,
+        condition: Tensor | None,
+        condition_mask: Tensor | None,
+    ) -> Tensor:
+        """The transformer under an embedded noise level.
+
+        Args:
+            noisy_latents: see `forward`, as for what is not told here.
+            modulation: (B, hidden_size), embedding of the noise level.
+            self_condition: likewise.
+            condition: likewise.
+            condition_mask: likewise.
+        """
         absent = torch.zeros_like(noisy_latents)
         if condition is None:
             condition = absent
         else:
-            keep = torch.ones_like(log_snr) if condition_mask is None else condition_mask.to(log_snr.dtype)
+            keep = noisy_latents.new_ones(len(noisy_latents)) if condition_mask is None else condition_mask
+            keep = keep.to(noisy_latents.dtype)
             condition = condition * keep[:, None, None]
             modulation = modulation + keep[:, None] * self.condition_embedding
         inputs = [noisy_latents, absent if self_condition is None else self_condition, condition]

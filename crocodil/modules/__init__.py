@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from crocodil.modules.last_checkpoint import LastCheckpoint
     from crocodil.modules.prior import PriorModule
     from crocodil.modules.sharding import ShardedStrategy
+    from crocodil.modules.student import StudentModule
 
 _MODULES = {
     "AutoencoderModule": "autoencoder",
@@ -27,6 +28,7 @@ _MODULES = {
     "PriorModule": "prior",
     "ReconstructionEvaluation": "evaluations",
     "ShardedStrategy": "sharding",
+    "StudentModule": "student",
 }
 __all__ = [
     "AutoencoderModule",
@@ -39,6 +41,7 @@ __all__ = [
     "PriorModule",
     "ReconstructionEvaluation",
     "ShardedStrategy",
+    "StudentModule",
 ]
 
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from crocodil.data.codec import TextCodec
 from crocodil.data.retokenizer import Retokenizer
 from crocodil.evaluation.judge import build_judge
-from crocodil.models import Demasker, LatentPrior, RegisterEncoder
+from crocodil.models import Demasker, LatentPrior, LatentStudent, RegisterEncoder
 from crocodil.modules.checkpoint_io import load_verified
 from crocodil.modules.sharded_checkpoint import read_folder, read_weights
 
-Stage = Literal["demasker", "autoencoder", "prior", "judge"]
+Stage = Literal["demasker", "autoencoder", "prior", "student", "judge"]
 RECORD_KEY = "crocodil"
 FORMAT = 1
 
@@ -141,6 +141,27 @@ class StageCheckpoint:
         prior = LatentPrior(**self.networks["prior"])
         self._load(prior, "prior.")
         return prior
+
+    def student(self) -> LatentStudent:
+        """The distilled prior with its trained weights."""
+        student = LatentStudent(**self.networks["student"])
+        self._load(student, "student.")
+        return student
+
+    def check_autoencoder(self, encoder: RegisterEncoder, source: str | Path) -> None:
+        """Refuses an autoencoder that a prior or student was not trained on.
+
+        Args:
+            encoder: of the autoencoder.
+            source: its checkpoint.
+
+        Raises:
+            ValueError: if it is another one.
+        """
+        if self.networks["autoencoder"] != encoder.fingerprint():
+            raise ValueError(
+                f"{self.path} was trained on another autoencoder than {source}; give the one it belongs to"
+            )
 
     def judge(self) -> PreTrainedModel:
         """The causal network of the judge."""

@@ -1,6 +1,5 @@
 """Stage 3: the latent prior on a frozen autoencoder."""
 
-import math
 import random
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -9,9 +8,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from crocodil.data.block_datamodule import BlockDataModule
 from crocodil.data.codec import TextCodec
 from crocodil.data.vocabulary import Vocabulary
 from crocodil.diffusion.documents import Documents
@@ -23,12 +20,11 @@ from crocodil.diffusion.gaussian import (
     prediction_target,
     to_x0,
 )
-from crocodil.diffusion.masking import corrupt, stratified_times
-from crocodil.diffusion.noise import STREAM_CHOICE, STREAM_LATENT_NOISE, STREAM_MASK, STREAM_TIME, BatchNoise
+from crocodil.diffusion.noise import STREAM_LATENT_NOISE, BatchNoise
 from crocodil.models import LatentPrior
-from crocodil.modules.base import Batch, CrocodilModule
-from crocodil.modules.checkpoints import Stage, StageCheckpoint
-from crocodil.modules.demasker import check_vocabulary
+from crocodil.modules.base import Batch
+from crocodil.modules.checkpoints import Stage
+from crocodil.modules.latent_stage import LatentModule
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.ranks import as_part_of_all
@@ -36,7 +32,7 @@ from crocodil.samplers import ConThenDisc, MaskedSampler
 from crocodil.samplers.latent import LatentProcess
 
 
-class PriorModule(CrocodilModule):
+class PriorModule(LatentModule):
     """Trains G_psi(z_t, t | h) to predict the latents of texts from noisy ones (CRoCoDiL, section 3).
 
     The autoencoder is frozen and stays out of the checkpoint; its fingerprint is kept, so that a prior is never
@@ -75,25 +71,15 @@ class PriorModule(CrocodilModule):
         seed: int = 0,
         compile: bool = False,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, seed, compile)
-        autoencoder = StageCheckpoint(autoencoder_checkpoint, "autoencoder")
-        self.demasker = autoencoder.demasker().requires_grad_(False).eval()
-        self.encoder = autoencoder.encoder().requires_grad_(False).eval()
-        check_vocabulary(self.demasker, vocabulary)
+        super().__init__(
+            vocabulary, autoencoder_checkpoint, sampler, condition_share, optimizer, lr_scheduler, seed, compile
+        )
         self.prior = LatentPrior(
             num_registers=self.encoder.num_registers, latent_dim=self.encoder.latent_dim, **(network or {})
         )
-        self.sampler = sampler or MaskedSampler(8)
         self.noise_schedule = noise_schedule or TangentSchedule()
         self.prediction_type: PredictionType = prediction_type
         self.self_conditioning = self_conditioning
-        self.condition_share = condition_share
-
-    def setup(self, stage: str) -> None:
-        """Refuses stored latents of another encoder."""
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, BlockDataModule):
-            data.check_latents(self.encoder.fingerprint())
 
     def trained_networks(self) -> Iterable[nn.Module]:
         """The prior."""
@@ -122,11 +108,6 @@ class PriorModule(CrocodilModule):
         """The whole system: all algorithms."""
         return CrocodilPipeline(self.demasker, codec, self.encoder, self.prior, self.latent_process)
 
-    def on_train_epoch_start(self) -> None:
-        """Keeps the frozen autoencoder in evaluation mode."""
-        self.demasker.eval()
-        self.encoder.eval()
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The denoising loss of a batch, part of it under a condition.
 
@@ -144,47 +125,6 @@ class PriorModule(CrocodilModule):
         loss = as_part_of_all(losses.mean(), torch.tensor(len(documents)))
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return {"loss": loss, "latents": latents, "row_losses": losses.detach(), "log_snr": log_snr}
-
-    def _latents(self, batch: Batch, documents: Documents) -> Tensor:
-        """The latents (N, K, D) of the documents of a batch: those it brings, else the encoder's."""
-        if "latents" not in batch:
-            return self._encode(batch["token_ids"], documents)
-        latents = batch["latents"]
-        expected = (len(documents), self.encoder.num_registers, self.encoder.latent_dim)
-        if tuple(latents.shape) != expected:
-            raise ValueError(
-                f"latents of a batch must be (documents, registers, latent_dim) = {expected}, got "
-                f"{tuple(latents.shape)}; make the cache with this autoencoder"
-            )
-        return latents
-
-    @torch.no_grad()
-    def _encode(self, token_ids: Tensor, documents: Documents) -> Tensor:
-        return documents.from_rows(self.encoder(token_ids, **documents.attention))
-
-    def _conditions(
-        self, token_ids: Tensor, documents: Documents, noise: BatchNoise
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """h_phi(x_t) (N, K, D) and the documents (N,) that have it: those of the first rows of the whole batch.
-
-        On average these are `condition_share` of all rows. Every process encodes as many rows as any other, even where
-        none of them is to have its condition.
-        """
-        total, batch = self.condition_share * noise.num_rows, token_ids.shape[0]
-        if not total:
-            return None, None
-        has_condition = noise.rows.double() + noise.shared(STREAM_CHOICE, 1) < total
-        encoded = math.ceil(math.ceil(total) * batch / noise.num_rows)
-        noisy_ids = self._noisy_ids(token_ids, documents, noise)
-        condition = self._encode(noisy_ids[:encoded], documents.first_rows(encoded))
-        absent = len(documents) - len(condition)
-        return F.pad(condition, (0, 0, 0, 0, 0, absent)), documents.of_row(has_condition)
-
-    def _noisy_ids(self, token_ids: Tensor, documents: Documents, noise: BatchNoise) -> Tensor:
-        """x_t (B, L), each document at a ratio of its own, uniform on (0, 1)."""
-        ratio = documents.noise(noise).uniform(STREAM_CHOICE, 0, 1).squeeze(1)
-        uniform = noise.uniform(STREAM_MASK, 0, token_ids.shape[1])
-        return corrupt(token_ids, documents.spread(ratio), uniform, self.demasker.mask_token_id)[0]
 
     def _losses(
         self, latents: Tensor, noise: BatchNoise, condition: Tensor | None, has_condition: Tensor | None, refine: bool
@@ -205,15 +145,6 @@ class PriorModule(CrocodilModule):
         losses = denoising_loss(output, prediction_target(latents, fresh, point, self.prediction_type))
         return losses, point.log_snr
 
-    def _times(self, noise: BatchNoise, has_condition: Tensor | None) -> Tensor:
-        """Times (N,), stratified over the documents with a condition and over the others, each for themselves."""
-        offset = noise.shared(STREAM_TIME, 0)
-        if has_condition is None:
-            return stratified_times(offset, noise.rows, noise.num_rows)
-        first = self.condition_share * noise.num_rows
-        index = torch.where(has_condition, noise.rows, noise.rows.double() - first)
-        return stratified_times(offset, index, torch.where(has_condition, first, noise.num_rows - first))
-
     def evaluate(self, batch: Batch, noise: BatchNoise) -> dict[str, Tensor]:
         """Mean squared errors: `loss` unconditional, `loss_conditional` given texts masked at random ratios."""
         token_ids, documents = batch["token_ids"], Documents.of(batch)
@@ -225,10 +156,6 @@ class PriorModule(CrocodilModule):
             condition = self._encode(self._noisy_ids(token_ids, documents, noise), documents)
             figures["loss_conditional"] = self._losses(latents, own, condition, None, refine)[0].mean()
         return figures
-
-    def num_items(self, batch: Batch) -> int:
-        """Documents."""
-        return len(Documents.of(batch))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """ConThenDisc: as many new texts as the batch has rows."""

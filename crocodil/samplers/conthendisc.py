@@ -6,8 +6,9 @@ from torch import Tensor
 from crocodil.diffusion.noise import RowNoise
 from crocodil.samplers.canvas import Canvas, PromptIds
 from crocodil.samplers.decoding import Decoding
-from crocodil.samplers.latent import LatentSampler, PriorLike
+from crocodil.samplers.latent import PriorLike, RegisterSampler
 from crocodil.samplers.masked import MaskedSampler, as_row_noise
+from crocodil.samplers.mean_flow import StudentLike
 from crocodil.samplers.protocols import DemaskerLike, EncoderLike, ProgressCallback, SampleOutput, StepCallback
 
 
@@ -18,11 +19,13 @@ class ConThenDisc:
 
     Args:
         sampler: fills the tokens in.
-        latent_sampler: draws the registers.
+        latent_sampler: draws the registers, with the prior or its student.
         num_registers: how many registers the demasker reads, the first k of K; None for all.
     """
 
-    def __init__(self, sampler: MaskedSampler, latent_sampler: LatentSampler, num_registers: int | None = None) -> None:
+    def __init__(
+        self, sampler: MaskedSampler, latent_sampler: RegisterSampler, num_registers: int | None = None
+    ) -> None:
         self.sampler = sampler
         self.latent_sampler = latent_sampler
         self.num_registers = num_registers
@@ -31,7 +34,7 @@ class ConThenDisc:
     def sample(
         self,
         demasker: DemaskerLike,
-        prior: PriorLike,
+        prior: PriorLike | StudentLike,
         encoder: EncoderLike | None = None,
         *,
         length: int,
@@ -46,7 +49,7 @@ class ConThenDisc:
 
         Args:
             demasker: f_theta.
-            prior: G_psi; with an encoder, one that was trained with conditions.
+            prior: G_psi or its student, as `latent_sampler` needs; with an encoder, trained with conditions.
             encoder: h_phi, which tells the prior of the prompt; None leaves the prompt to the demasker.
             length: see `MaskedSampler.sample`, as for what follows.
             batch_size: B.
@@ -67,8 +70,8 @@ class ConThenDisc:
         for step in decoding.steps():
             decoding.take(step)
         is_conditional = condition is not None
-        calls = {"prior": self.latent_sampler.num_calls(is_conditional)} | ({"encoder": 1} if is_conditional else {})
-        return decoding.output(calls)
+        calls = {self.latent_sampler.network: self.latent_sampler.num_calls(is_conditional)}
+        return decoding.output(calls | ({"encoder": 1} if is_conditional else {}))
 
 
 def partly_masked(canvas: Canvas) -> tuple[Tensor, ...]:

@@ -8,8 +8,9 @@ from crocodil.diffusion.noise import RowNoise
 from crocodil.samplers.canvas import PromptIds
 from crocodil.samplers.conthendisc import first_registers, partly_masked
 from crocodil.samplers.decoding import Decoding
-from crocodil.samplers.latent import LatentSampler, PriorLike
+from crocodil.samplers.latent import PriorLike, RegisterSampler
 from crocodil.samplers.masked import MaskedSampler, as_row_noise
+from crocodil.samplers.mean_flow import StudentLike
 from crocodil.samplers.protocols import DemaskerLike, EncoderLike, ProgressCallback, SampleOutput, StepCallback
 
 
@@ -18,8 +19,9 @@ class ConWithinDisc:
 
     Args:
         sampler: fills the tokens in.
-        latent_sampler: draws the first registers.
-        refresh_sampler: draws the later ones; None takes `latent_sampler`. The paper uses a quarter of its steps.
+        latent_sampler: draws the first registers, with the prior or its student.
+        refresh_sampler: draws the later ones with the same network; None takes `latent_sampler`. The paper uses a
+            quarter of its steps.
         refresh_steps: demasker steps, counted from 0, before which the registers are drawn again; None is once,
             half-way through the steps that commit something, as in the paper, and with a prompt also at step 0. Step 0
             replaces the unconditional draw. A step that is left out because nothing remains to commit in it hands its
@@ -33,8 +35,8 @@ class ConWithinDisc:
     def __init__(
         self,
         sampler: MaskedSampler,
-        latent_sampler: LatentSampler,
-        refresh_sampler: LatentSampler | None = None,
+        latent_sampler: RegisterSampler,
+        refresh_sampler: RegisterSampler | None = None,
         refresh_steps: Sequence[int] | None = None,
         num_registers: int | None = None,
     ) -> None:
@@ -50,7 +52,7 @@ class ConWithinDisc:
     def sample(
         self,
         demasker: DemaskerLike,
-        prior: PriorLike,
+        prior: PriorLike | StudentLike,
         encoder: EncoderLike,
         *,
         length: int,
@@ -65,7 +67,7 @@ class ConWithinDisc:
         noise = as_row_noise(generator, batch_size, device)
         canvas = self.sampler.canvas(demasker, length, batch_size, prompt_ids, device)
         decoding = Decoding(self.sampler, demasker, canvas, noise, None, progress, on_step)
-        calls = {"prior": 0, "encoder": 0}
+        calls = {self.latent_sampler.network: 0, "encoder": 0}
         pending = self._refreshes(length, prompt_ids is not None)
         for step in decoding.steps():
             due = [refresh for refresh in pending if refresh <= step.index]
@@ -82,7 +84,7 @@ class ConWithinDisc:
                     progress=progress,
                 )
                 decoding.latents = first_registers(latents, self.num_registers)
-                calls["prior"] += latent_sampler.num_calls(conditional=bool(due))
+                calls[latent_sampler.network] += latent_sampler.num_calls(conditional=bool(due))
                 calls["encoder"] += bool(due)
             decoding.take(step)
         return decoding.output(calls)

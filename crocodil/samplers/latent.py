@@ -1,12 +1,12 @@
 """The sampler of the latent prior: from noise to K registers."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from crocodil.diffusion.gaussian import GaussianPoint, PredictionType, TangentSchedule, to_x0
+from crocodil.diffusion.gaussian import GaussianPoint, NoiseLevel, PredictionType, TangentSchedule, to_x0
 from crocodil.diffusion.noise import RowNoise
 from crocodil.samplers.decoding import STREAM_LATENTS
 from crocodil.samplers.masked import as_row_noise
@@ -30,6 +30,35 @@ class PriorLike(Protocol):
         condition: Tensor | None = None,
     ) -> Tensor:
         """The network's output (B, K, D) for z_t at (B,) log SNRs."""
+        ...
+
+
+class RegisterSampler(Protocol):
+    """Draws registers with one network: `LatentSampler` with the prior, `MeanFlowSampler` with its student.
+
+    Attributes:
+        network: name of the network, under which its calls are counted.
+    """
+
+    network: ClassVar[str]
+
+    def num_calls(self, conditional: bool) -> int:
+        """Network evaluations of one draw."""
+        ...
+
+    def sample(
+        self,
+        network: Any,
+        /,
+        *,
+        batch_size: int,
+        condition: Tensor | None = None,
+        generator: torch.Generator | RowNoise | None = None,
+        draw: int = 0,
+        device: torch.device | str = "cpu",
+        progress: ProgressCallback | None = None,
+    ) -> Tensor:
+        """Latents (B, K, D); see `LatentSampler.sample`."""
         ...
 
 
@@ -57,6 +86,8 @@ class LatentSampler:
     Raises:
         ValueError: if a setting is out of range.
     """
+
+    network: ClassVar[str] = "prior"
 
     def __init__(
         self,
@@ -138,9 +169,9 @@ class LatentSampler:
             else:
                 z = ddim_step(z, estimate, points[i], points[i + 1])
             if progress is not None:
-                progress("prior", i + 1, self.num_steps)
+                progress(self.network, i + 1, self.num_steps)
         if progress is not None:
-            progress("prior", self.num_steps, self.num_steps)
+            progress(self.network, self.num_steps, self.num_steps)
         assert estimate is not None
         return estimate
 
@@ -161,7 +192,7 @@ class LatentSampler:
         return unconditional + self.guidance_scale * (x0(condition) - unconditional)
 
 
-def ddim_step(z: Tensor, estimate: Tensor, now: GaussianPoint, after: GaussianPoint) -> Tensor:
+def ddim_step(z: Tensor, estimate: Tensor, now: NoiseLevel, after: NoiseLevel) -> Tensor:
     """z_s = (sigma_s / sigma_t) (z_t - alpha_t x) + alpha_s x."""
     ratio = after.sigma_t / now.sigma_t
     return (ratio * z + (after.alpha_t - ratio * now.alpha_t) * estimate).to(z.dtype)

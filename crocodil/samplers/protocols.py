@@ -67,7 +67,7 @@ class SampleOutput:
     Attributes:
         token_ids: (B, P + L) int64, the prompt included; behind shorter rows stands the end token.
         num_calls: demasker calls made; with guidance two a step.
-        calls: calls made of each network, by name: demasker, prior, encoder.
+        calls: calls made of each network, by name: demasker, prior or student, encoder.
         latents: (B, K, D) the registers last used; None without latents.
         lengths: (B,) int64, the length of each row, prompt included.
     """
