@@ -153,8 +153,11 @@ class HubReader:
 
     def _rows(self, shard: int, start: int) -> Iterator[dict[str, Any]]:
         dataset = self.dataset.shard(num_shards=self.dataset.num_shards, index=shard)
+        # Its own `__iter__` would deal the shard out to the workers of a DataLoader once more: most would get nothing.
+        batches = (dataset.skip(start) if start else dataset).iter(batch_size=1)
         try:
-            yield from dataset.skip(start) if start else dataset
+            for batch in batches:
+                yield {name: values[0] for name, values in batch.items()}
         except Exception as error:  # see above
             raise ValueError(explain(self.hub, error)) from error
 

@@ -26,6 +26,8 @@ from crocodil.ranks import rank_and_size
 
 BPE_DOCUMENTS = 100_000
 """Training documents from which a tokenizer is learned at most."""
+BPE_CHARACTERS = 2**28
+"""And their characters, about: they are held in memory."""
 
 
 class TextCorpus(BlockDataModule):
@@ -248,7 +250,8 @@ class TextCorpus(BlockDataModule):
 
 
 def learn_codec(corpus: Corpus, vocab_size: int) -> TextCodec:
-    """A byte-level BPE of the training documents, of `BPE_DOCUMENTS` from shards anywhere in the corpus at most.
+    """A byte-level BPE of the training documents, from shards anywhere in the corpus, up to `BPE_DOCUMENTS` of them or
+    `BPE_CHARACTERS`.
 
     Args:
         corpus: to learn from.
@@ -257,7 +260,12 @@ def learn_codec(corpus: Corpus, vocab_size: int) -> TextCodec:
     Raises:
         ValueError: if there is too little text.
     """
-    texts = [document.text for document in islice(_training_documents(corpus), BPE_DOCUMENTS)]
+    texts, size = [], 0
+    for document in islice(_training_documents(corpus), BPE_DOCUMENTS):
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= BPE_CHARACTERS:
+            break
     codec = byte_level_bpe(texts, vocab_size)
     if codec.vocabulary.size < vocab_size:
         raise ValueError(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -377,15 +379,14 @@ class Recorder(LightningModule):
 @pytest.fixture
 def module(folder: Path, tmp_path: Path) -> Callable[..., TextCorpus]:
     def make(**options: Any) -> TextCorpus:
-        settings = {"vocab_size": 290, "shuffle_buffer": 13, "batches_per_epoch": 5, "layout": "grouped", **options}
+        settings = {"vocab_size": 290, "shuffle_buffer": 13, "batches_per_epoch": 5, "layout": "grouped"}
         return TextCorpus(
             LENGTH,
             BATCH,
-            str(folder),
             streaming=True,
             cache_dir=str(tmp_path / "cache"),
             held_out_documents=4,
-            **settings,
+            **{"sources": str(folder), **settings, **options},
         )
 
     return make
@@ -464,6 +465,16 @@ def test_no_more_is_read_than_held_out_splits_need(
     assert corpus.num_read <= most  # of 140
 
 
+@pytest.mark.parametrize(("name", "most"), [("BPE_DOCUMENTS", 8), ("BPE_CHARACTERS", 8 * 60)])
+def test_a_tokenizer_is_learned_from_a_part_of_the_corpus(
+    name: str, most: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_corpus, name, most)
+    corpus = Counting([Source(str(folder))], Splitting("text", 0, 0))
+    assert text_corpus.learn_codec(corpus, 262).vocabulary.size == 262
+    assert 5 < corpus.num_read < 20
+
+
 def data_with_ids(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         yield {**batch, "document_ids": torch.ones_like(batch["token_ids"])}
@@ -491,6 +502,17 @@ def test_processes_and_workers_read_every_document_once(
     expected = training_texts(make().corpus, make().codec)
     found = Counter(texts(chain.from_iterable(of_ranks(make, size, monkeypatch))))
     assert found == expected and found.total() > 100
+
+
+def test_workers_share_the_shards_of_a_hub_dataset(module: Callable[..., TextCorpus], tmp_path: Path) -> None:
+    for shard in range(3):
+        pq.write_table(pa.table({"text": [f"text {shard}, {i}" for i in range(30)]}), tmp_path / f"{shard}.parquet")
+    sources = [Source(hub="parquet", data_files=[f"{tmp_path}/*.parquet"])]
+    found = []
+    for num_workers in (0, 2):
+        stream = module(sources=sources, num_workers=num_workers, vocab_size=262).stream(None, passes=1)
+        found.append(sorted(tuple(origin) for batch in stream for origin in batch["origins"].tolist()))
+    assert found[0] == found[1] and len(found[0]) > 70
 
 
 def process(rank: int, root: Path, make: Callable[[], TextCorpus], results: Any) -> None:
