@@ -79,7 +79,7 @@ class StudentModule(LatentModule):
         settled_log_snr: float = 4.0,
         first_leg: float = 0.2,
         tangent_warmup: int = 100,
-        loss_power: float = 0.5,
+        loss_power: float = 0.0,
         condition_share: float = 0.25,
         optimizer: OptimizerCallable = MuonAdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

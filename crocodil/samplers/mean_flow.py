@@ -108,8 +108,9 @@ class MeanFlowSampler:
         """
         noise = as_row_noise(generator, batch_size, device)
         shape = (network.num_registers, network.latent_dim)
+        eps = self.process.noise_schedule.eps
         # On the CPU, as in `LatentSampler`.
-        levels = self.process.log_snrs(torch.linspace(1, 0, self.num_steps + 1, dtype=torch.float64))
+        levels = self.process.log_snrs(torch.linspace(1 - eps, eps, self.num_steps + 1, dtype=torch.float64))
         stream = STREAM_LATENTS + draw
         z = noise.normal(stream, 0, shape)
         for i in range(self.num_steps):
