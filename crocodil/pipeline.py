@@ -331,8 +331,6 @@ class CrocodilPipeline:
             ValueError: if a setting is out of range.
         """
         network = prior_network or self._usual_network()
-        if network not in DEFAULT_STEPS:
-            raise ValueError(f"prior_network must be prior or student, got {network!r}")
         num_steps = DEFAULT_STEPS[network][refresh] if num_steps is None else num_steps
         if network == "prior":
             return self.latent_process.sampler(num_steps, solver, guidance_scale)
@@ -365,9 +363,9 @@ class CrocodilPipeline:
         if self.encoder is None or self.prior is self.student is None:
             raise ValueError(f"{algorithm} needs an encoder and a prior, but this pipeline has none; use masked")
         network = prior_network or self._usual_network()
-        if network not in self.networks():
-            has = "prior" if self.student is None else "student"
-            raise ValueError(f"prior_network must be {has}, the only one this pipeline has, got {network!r}")
+        has = [name for name in DEFAULT_STEPS if name in self.networks()]
+        if network not in has:
+            raise ValueError(f"prior_network must be {' or '.join(has)}, which this pipeline has, got {network!r}")
         if algorithm == "conwithindisc" and not self._is_conditional(network):
             raise ValueError(f"conwithindisc needs a {network} trained with condition_share above 0; use conthendisc")
         if num_registers is not None and not 1 <= num_registers <= self.encoder.num_registers:

@@ -173,7 +173,7 @@ class StudentModule(LatentModule):
         noise = self.training_noise(batch).to(batch["token_ids"].device)
         latents = self._latents(batch, documents)
         condition, has_condition = self._conditions(batch["token_ids"], documents, noise)
-        tangent_scale = min(1.0, self.global_step / max(1, self.tangent_warmup))
+        tangent_scale = min(1.0, (self.global_step + 1) / (self.tangent_warmup + 1))
         own = documents.noise(noise)
         losses, log_snr = self._losses(latents, own, condition, has_condition, tangent_scale)
         weighted = adaptive_loss(losses, self.loss_power).mean()
