@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from crocodil.evaluation.diversity import unigram_entropies
 from crocodil.evaluation.python_code import parses
-from crocodil.modules import AutoencoderModule, CrocodilModule, PriorModule
+from crocodil.modules import AutoencoderModule, CrocodilModule, PriorModule, StudentModule
 from crocodil.pipeline import ALGORITHMS, PipelineResult
 from crocodil.samplers import MaskedSampler
 
@@ -115,6 +115,6 @@ class SampleTexts(L.Callback):
 
 def default_algorithms(module: CrocodilModule) -> tuple[Algorithm, ...]:
     """What makes sense at a stage."""
-    if isinstance(module, PriorModule):
+    if isinstance(module, PriorModule | StudentModule):
         return ("conthendisc", "conwithindisc") if module.condition_share else ("conthendisc",)
     return ("reconstruction",) if isinstance(module, AutoencoderModule) else ("masked",)

@@ -11,7 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from crocodil.evaluation.python_code import parses
 from crocodil.trainer_cli import run_trainer
 
-ALGORITHMS = {"demasker": ["masked"], "autoencoder": ["reconstruction"], "prior": ["conthendisc", "conwithindisc"]}
+WITH_LATENTS = ["conthendisc", "conwithindisc"]
+ALGORITHMS = {
+    "demasker": ["masked"],
+    "autoencoder": ["reconstruction"],
+    "prior": WITH_LATENTS,
+    "student": WITH_LATENTS,
+}
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 BREAK = "\n" + "-" * 60 + "\n"
 
