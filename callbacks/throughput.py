@@ -53,6 +53,7 @@ class Throughput(AtLogPoints):
         self.peak_flops = peak_flops
         self._clock = clock
         self._counter: _FlopCounter | None = None
+        self._mark: float | None = None  # until when time is counted; None where there is none to count
         self._start()
 
     def _start(self) -> None:
@@ -65,7 +66,7 @@ class Throughput(AtLogPoints):
         """Looks the peak of the device up."""
         super().on_train_start(trainer, pl_module)
         self._first_step = trainer.global_step
-        self._mark: float | None = None  # until when time is counted; None where there is none to count
+        self._mark = None
         dtype = _DTYPES.get(trainer.precision.split("-")[0])
         self._peak = self.peak_flops
         if self._peak is None and dtype is not None:

@@ -11,8 +11,10 @@ from crocodil.trainer_cli import run_trainer
 
 FOLDER = Path(__file__).parents[1] / "lightning_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("eval_"))  # tests/modules/
-ALWAYS = ("quickstart_demasker", "quickstart_prior", "llada8b_qlora_autoencoder")
+ALWAYS = ("quickstart_prior", "llada8b_qlora_autoencoder")
 """Whose stale keys the default run tries; the slow one tries those of all."""
+USUAL = ("quickstart", "llada8b_qlora")
+"""Families that the default run runs; the slow one runs the others."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,13 @@ def is_meant(option: str, name: str) -> bool:
     return "llada8b" not in name or not any(word in option for word in unwanted.get(stage, ()))
 
 
-@pytest.mark.parametrize("name", sorted(NAMES, key=lambda name: ("demasker" not in name, "prior" in name)))
+RUNS = [
+    pytest.param(name, marks=[] if name.rpartition("_")[0] in USUAL else pytest.mark.slow)
+    for name in sorted(NAMES, key=lambda name: ("demasker" not in name, "prior" in name))
+]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_config_runs(name: str, tiny_system: Any, built: Path, tiny_llada: Path) -> None:
     run_trainer(arguments(name, tiny_system, built, tiny_llada))
     stage = name.rpartition("_")[2]

@@ -82,7 +82,7 @@ def slow(*values: Any) -> Any:
         slow("demasker", [*WIDE, MANY, ADAMW, CHECKPOINTING, "--trainer.precision=bf16-mixed"], "activations"),
         slow("demasker", [*WIDE, *WIDER, ADAMW, "--trainer.accumulate_grad_batches=2"], "optimizer_state"),
         slow("demasker", [*WIDE, *WIDER, "--trainer.precision=bf16-true"], "optimizer_state"),
-        ("autoencoder", [MANY, f"--model.init_args.encoder={json.dumps(ENCODER)}"], "activations"),
+        slow("autoencoder", [MANY, f"--model.init_args.encoder={json.dumps(ENCODER)}"], "activations"),
         slow("prior", [MANY, f"{NETWORK}.hidden_size=96"], "activations"),
     ],
 )

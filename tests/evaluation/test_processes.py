@@ -65,7 +65,8 @@ def figures(folder: Path, rows: slice, batch_size: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("batch_size", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [2, 5])
 def test_two_processes_give_what_one_gives(
     batch_size: int, own_judge: Judge, token_ids: Tensor, tmp_path: Path
 ) -> None:

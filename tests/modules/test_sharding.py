@@ -140,6 +140,7 @@ def copy(killed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(killed / "step=10.ckpt", tmp_path / "copy.ckpt"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(killed: Path, truth: Path) -> None:
     expected, found = losses(truth), losses(killed)
     assert [found[step] for step in range(9)] == pytest.approx([expected[step] for step in range(9)], rel=0, abs=1e-5)
@@ -163,12 +164,14 @@ def test_a_folder_is_exported_as_a_file_is(resumed: Path, truth: Path, tmp_path:
     assert result.texts == expected.texts
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_is_read(killed: Path) -> None:
     checkpoint = StageCheckpoint(killed / "step=10.ckpt", "autoencoder")
     assert set(checkpoint.weights("encoder.latent_")) == {"encoder.latent_mean", "encoder.latent_std"}
     assert checkpoint.codec.decode(checkpoint.codec.encode("def f(v0):")) == "def f(v0):"
 
 
+@pytest.mark.slow
 def test_a_folder_needs_the_strategy_that_wrote_it(killed: Path, truth: Path, tiny_system: Any, tmp_path: Path) -> None:
     for path, options, message in (
         (killed, ONE, "is a sharded checkpoint: go on from it with --trainer.strategy=fsdp2"),
@@ -178,11 +181,13 @@ def test_a_folder_needs_the_strategy_that_wrote_it(killed: Path, truth: Path, ti
             run(arguments(tiny_system, "autoencoder", tmp_path, *options, f"--ckpt_path={path / 'step=10.ckpt'}"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_stage_is_refused(killed: Path, tiny_system: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a checkpoint of the demasker stage, got one of the autoencoder"):
         run(arguments(tiny_system, "demasker", tmp_path, *TWO, f"--ckpt_path={killed / 'step=10.ckpt'}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".metadata", "meta.pt"])
 def test_a_damaged_folder_is_refused(name: str, copy: Path) -> None:
     content = (copy / name).read_bytes()
@@ -192,6 +197,7 @@ def test_a_damaged_folder_is_refused(name: str, copy: Path) -> None:
             StageCheckpoint(copy, "autoencoder")
 
 
+@pytest.mark.slow
 def test_reading_a_folder_runs_no_code(copy: Path, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[Any, ...]:
