@@ -15,7 +15,7 @@ from rich.text import Text
 from crocodil.data.codec import TextCodec
 from crocodil.evaluation.film import Film
 from crocodil.evaluation.judge import Judge
-from crocodil.modules.checkpoints import StageCheckpoint
+from crocodil.modules.checkpoints import StageCheckpoint, check_autoencoder
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline
 from crocodil.samplers.latent import LatentProcess
@@ -156,12 +156,12 @@ def build_pipeline(
     parts: dict[str, Any] = {"encoder": checkpoint.encoder()}
     if prior is not None:
         prior_checkpoint = StageCheckpoint(prior, "prior")
-        prior_checkpoint.check_autoencoder(parts["encoder"], autoencoder)
+        check_autoencoder(prior, prior_checkpoint.networks["autoencoder"], parts["encoder"], autoencoder)
         parts["prior"] = prior_checkpoint.prior()
         parts["latent_process"] = LatentProcess.from_dict(prior_checkpoint.networks["latent_process"])
     if student is not None:
         student_checkpoint = StageCheckpoint(student, "student")
-        student_checkpoint.check_autoencoder(parts["encoder"], autoencoder)
+        check_autoencoder(student, student_checkpoint.networks["autoencoder"], parts["encoder"], autoencoder)
         parts["student"] = student_checkpoint.student()
         parts["student_process"] = StudentProcess.from_dict(student_checkpoint.networks["student_process"])
     if base_checkpoint is not None:

@@ -72,6 +72,22 @@ def read_checkpoint(path: str | Path, stage: Stage) -> dict[str, Any]:
     return content
 
 
+def check_autoencoder(path: str | Path, trained_on: str, encoder: RegisterEncoder, source: str | Path) -> None:
+    """Refuses an autoencoder that a prior or student was not trained on.
+
+    Args:
+        path: of the checkpoint of the prior or student.
+        trained_on: the fingerprint in its record.
+        encoder: of the autoencoder.
+        source: the autoencoder's checkpoint.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    if trained_on != encoder.fingerprint():
+        raise ValueError(f"{path} was trained on another autoencoder than {source}; give the one it belongs to")
+
+
 def is_kept(network: nn.Module, key: str) -> bool:
     """Whether an entry of a network's `state_dict` is trained, so that checkpoints hold it.
 
@@ -147,21 +163,6 @@ class StageCheckpoint:
         student = LatentStudent(**self.networks["student"])
         self._load(student, "student.")
         return student
-
-    def check_autoencoder(self, encoder: RegisterEncoder, source: str | Path) -> None:
-        """Refuses an autoencoder that a prior or student was not trained on.
-
-        Args:
-            encoder: of the autoencoder.
-            source: its checkpoint.
-
-        Raises:
-            ValueError: if it is another one.
-        """
-        if self.networks["autoencoder"] != encoder.fingerprint():
-            raise ValueError(
-                f"{self.path} was trained on another autoencoder than {source}; give the one it belongs to"
-            )
 
     def judge(self) -> PreTrainedModel:
         """The causal network of the judge."""

@@ -17,7 +17,7 @@ from crocodil.diffusion.mean_flow import adaptive_loss, mean_flow_target, split_
 from crocodil.diffusion.noise import STREAM_LATENT_NOISE, STREAM_TIME, BatchNoise
 from crocodil.models import LatentStudent
 from crocodil.modules.base import Batch
-from crocodil.modules.checkpoints import Stage, StageCheckpoint
+from crocodil.modules.checkpoints import Stage, StageCheckpoint, check_autoencoder
 from crocodil.modules.latent_stage import LatentModule
 from crocodil.modules.optimizers import MuonAdamW
 from crocodil.pipeline import CrocodilPipeline
@@ -61,7 +61,7 @@ class StudentModule(LatentModule):
         compile: see `CrocodilModule`; derivatives are computed without.
 
     Raises:
-        ValueError: if the checkpoints do not belong together or a setting is out of range.
+        ValueError: if a setting is out of range or does not fit the prior.
     """
 
     stage: ClassVar[Stage] = "student"
@@ -97,7 +97,7 @@ class StudentModule(LatentModule):
         if not 0 <= first_leg <= 1:
             raise ValueError(f"first_leg must be between 0 (a derivative) and 1, got {first_leg}")
         prior = StageCheckpoint(prior_checkpoint, "prior")
-        prior.check_autoencoder(self.encoder, autoencoder_checkpoint)
+        self._trained_on = prior_checkpoint, prior.networks["autoencoder"], autoencoder_checkpoint
         self.latent_process = LatentProcess.from_dict(prior.networks["latent_process"])
         if condition_share and not self.latent_process.conditional:
             raise ValueError(
@@ -112,6 +112,12 @@ class StudentModule(LatentModule):
         self.first_leg = first_leg
         self.tangent_warmup = tangent_warmup
         self.loss_power = loss_power
+
+    def setup(self, stage: str) -> None:
+        """Refuses stored latents of another encoder, and a prior that was trained on another autoencoder."""
+        super().setup(stage)
+        prior, trained_on, autoencoder = self._trained_on
+        check_autoencoder(prior, trained_on, self.encoder, autoencoder)
 
     def configure_model(self) -> None:
         """Loads what the networks lack.

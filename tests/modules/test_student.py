@@ -47,7 +47,7 @@ def test_the_checkpoint_holds_the_student_alone(tiny_system: Any, student_checkp
     assert set(content["state_dict"]) == set(content["ema"]["raw"]) == names
     checkpoint = StageCheckpoint(student_checkpoint, "student")
     encoder = StageCheckpoint(tiny_system.checkpoint("autoencoder"), "autoencoder").encoder()
-    checkpoint.check_autoencoder(encoder, "")
+    assert checkpoint.networks["autoencoder"] == encoder.fingerprint()
     process = StudentProcess.from_dict(checkpoint.networks["student_process"])
     assert process == StudentProcess(TangentSchedule(d=3.0))
     student = checkpoint.student()
@@ -197,7 +197,8 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str, tiny_s
         tiny_system.module("student", **settings)
 
 
-def test_a_teacher_must_fit(tiny_system: Any, tmp_path: Path) -> None:
+def test_a_teacher_must_fit(tiny_system: Any, tmp_path: Path, fit: Callable[..., list[float]]) -> None:
+    none = {"condition_share": 0.0}
     content = torch.load(tiny_system.checkpoint("prior"), weights_only=True)
     networks = content["crocodil"]["networks"]
     networks["latent_process"]["conditional"] = False
@@ -207,4 +208,4 @@ def test_a_teacher_must_fit(tiny_system: Any, tmp_path: Path) -> None:
     networks["autoencoder"] = "another"
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other.ckpt was trained on another autoencoder than .*last.ckpt"):
-        tiny_system.module("student", prior_checkpoint=str(tmp_path / "other.ckpt"))
+        fit(tiny_system.module("student", prior_checkpoint=str(tmp_path / "other.ckpt"), **none), tiny_system.data())
