@@ -331,6 +331,8 @@ class CrocodilPipeline:
             ValueError: if a setting is out of range.
         """
         network = prior_network or self._usual_network()
+        if network not in DEFAULT_STEPS:
+            raise ValueError(f"prior_network must be {' or '.join(DEFAULT_STEPS)}, got {network!r}")
         num_steps = DEFAULT_STEPS[network][refresh] if num_steps is None else num_steps
         if network == "prior":
             return self.latent_process.sampler(num_steps, solver, guidance_scale)

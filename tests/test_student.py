@@ -51,6 +51,8 @@ def test_the_prior_is_taken_unless_the_student_is_asked_for(both: CrocodilPipeli
         alone(prior_network="prior")
     with pytest.raises(ValueError, match=r"prior_network must be prior or student, which .* got 'teacher'"):
         both(prior_network="teacher")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prior_network must be prior or student, got 'teacher'"):
+        both(algorithm="masked", prior_network="teacher")  # type: ignore[arg-type]
 
 
 @torch.no_grad()

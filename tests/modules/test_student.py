@@ -141,6 +141,24 @@ def test_a_teacher_without_self_conditioning_is_asked_once(
     assert not both.requires_grad
 
 
+def test_student_and_teacher_have_the_same_conditions(tiny_system: Any, fit: Callable[..., list[float]]) -> None:
+    module = tiny_system.module("student", condition_share=0.5)
+    seen: list[dict[str, Any]] = []
+    for network in (module.student, module.prior):
+        network.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs), with_kwargs=True)
+    fit(module, tiny_system.data(), max_steps=1)
+    assert len(seen) == 3 + 2  # the teacher twice at z_t and once ahead, the student ahead and at z_t
+    for given in seen:
+        assert given["condition_mask"].tolist() == [True] * 4 + [False] * 4
+        assert torch.equal(given["condition"], seen[0]["condition"])
+
+
+def test_the_teacher_is_evaluated_as_it_would_sample(tiny_system: Any) -> None:
+    module = tiny_system.module("student").train()
+    module.on_train_epoch_start()
+    assert module.student.training and not (module.prior.training or module.encoder.training)
+
+
 def test_the_derivative_s_term_warms_up(tiny_system: Any, fit: Callable[..., list[float]]) -> None:
     """A student that stays what its teacher is misses the target by the term alone."""
 
