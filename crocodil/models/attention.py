@@ -25,7 +25,7 @@ def register_attention(
     scaling: float | None = None,
     num_registers: int = 0,
     registers_read_text: bool = True,
-    cache: KeyValues | None = None,
+    key_values: KeyValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention, both ways, over K registers followed by L text tokens.
@@ -47,16 +47,16 @@ def register_attention(
         scaling: of the scores; None for 1 / sqrt(head_dim).
         num_registers: K.
         registers_read_text: registers attend to the text; if not, to one another alone.
-        cache: takes keys and values, or gives those that are not computed in this call.
+        key_values: takes keys and values, or gives those that are not computed in this call.
         kwargs: what transformers passes on to any attention function.
 
     Returns:
         (B, K + L or M, heads, head_dim), and None for the weights.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)
-    is_whole = cache is None or cache.places is None
-    if cache is not None:
-        key, value = cache.merge(module.layer_idx, key, value)  # type: ignore[arg-type]
+    is_whole = key_values is None or key_values.places is None
+    if key_values is not None:
+        key, value = key_values.merge(module.layer_idx, key, value)  # type: ignore[arg-type]
     options = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": False}
 
     def attend(queries: slice, keys: slice) -> Tensor:

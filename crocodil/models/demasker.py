@@ -260,7 +260,7 @@ class Demasker(nn.Module):
             use_cache=False,
             num_registers=num_registers,
             registers_read_text=self.registers_read_text,
-            cache=cache,
+            key_values=cache,
         ).last_hidden_state
         if window is not None:
             return states[:, :-1] if shift else states
