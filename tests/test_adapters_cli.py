@@ -57,7 +57,7 @@ def losses(root: Path) -> list[float]:
     return [event.value for event in events.Scalars("train_loss")]
 
 
-CASES = [("lora", None), ("qlora", "nf4"), ("qlora", "int8")]
+CASES = [("lora", None), ("qlora", "nf4"), pytest.param("qlora", "int8", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("kind", "quantization"), CASES)
@@ -87,7 +87,7 @@ def test_adapters_train_and_reload_to_the_same_logits(
         assert torch.equal(Demasker.from_pretrained(tmp_path / "own").eval()(token_ids), logits)
 
 
-@pytest.mark.parametrize(("kind", "quantization"), CASES[:2])
+@pytest.mark.parametrize(("kind", "quantization"), [pytest.param("lora", None, marks=pytest.mark.slow), CASES[1]])
 def test_an_autoencoder_begins_as_the_base_and_its_new_parts_move(
     kind: str, quantization: str | None, tiny_llada: Path, tiny_system: Any, tmp_path: Path
 ) -> None:

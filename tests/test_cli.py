@@ -258,6 +258,7 @@ def test_a_refusal_of_sample_is_one_line_and_a_status(tmp_path: Path) -> None:
     assert done.stderr.startswith("crocodil: ") and done.stderr.count("\n") == 1 and "is no pipeline" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_refusal_of_fit_is_one_line_and_a_status(tiny_system: Any, tmp_path: Path) -> None:
     done = crocodil(*tiny_system.arguments("fit", "demasker", f"--ckpt_path={tmp_path / 'absent.ckpt'}"))
     assert (done.returncode, done.stdout) == (1, "")

@@ -160,6 +160,7 @@ def copy(truth: Path, tmp_path: Path) -> Path:
 # killed
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(
     tiny_system: Any, truth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
