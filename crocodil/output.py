@@ -1,5 +1,6 @@
-"""Where results go: checked before the work starts, not after."""
+"""Where results go: checked before the work starts, and on the disk when it is done."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -16,3 +17,12 @@ def check_writable(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"the output folder {folder} cannot be written to: {error.strerror or error}") from error
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the list of files of a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

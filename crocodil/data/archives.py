@@ -1,10 +1,10 @@
 """Documents in tar and zip archives, read as streams: nothing is extracted to disk, no name in them becomes a path."""
 
+import ntpath
 import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from pathlib import PureWindowsPath
 from typing import Any, BinaryIO, cast
 
 from crocodil.data.records import Record, Wanted, damage_counted
@@ -119,8 +119,9 @@ def is_safe(name: str) -> bool:
     Args:
         name: as the archive has it.
     """
-    path = PureWindowsPath(name)  # it knows "/" too
-    return not path.anchor and ".." not in path.parts
+    drive, path = ntpath.splitdrive(name)  # not pathlib, which keeps every name it is given in a table of the process
+    path = path.replace("\\", "/")
+    return not drive and not path.startswith("/") and ".." not in path.split("/")
 
 
 def shown(name: str) -> str:

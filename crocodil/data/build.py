@@ -1,28 +1,24 @@
 """A corpus of any size to memory-mapped token ids: read and tokenised part by part, so that a kill costs one part."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
+from crocodil.data.cache import write_whole
 from crocodil.data.codec import TextCodec
-from crocodil.data.corpora import HELD_OUT_FIRST, SkipCount, Split
+from crocodil.data.corpora import HELD_OUT_FIRST, SkipCount, Split, with_progress
 from crocodil.data.near_duplicates import check_threshold, is_near_duplicate
 from crocodil.data.rows import cut
 from crocodil.data.sources import Corpus, Document
 from crocodil.data.tokens import flat, token_dtype, tokens_file, write_split
 
-Item = TypeVar("Item")
 PART_BYTES = 2**24
 CHUNK, CHUNK_CHARACTERS = 512, 2**22
 """Documents, and about how many characters, that are tokenised at a time: memory stays flat however long they are."""
@@ -70,12 +66,11 @@ def build(folder: Path, aside: Path, corpus: Corpus, codec: TextCodec, recipe: R
     """
     parts = _parts(corpus)
     done = [aside / f"{number:06d}" for number in range(len(parts))]
-    for path, shards in _bar(list(zip(done, parts, strict=True)), "Tokenising"):
+    for path, shards in with_progress(len(parts), zip(done, parts, strict=True), "Tokenising"):
         if not path.is_dir():
             write = partial(_write_part, corpus=corpus, shards=shards, codec=codec, recipe=recipe)
             write_whole(path, write)
-    counts = _merge(folder, corpus, done, codec.vocabulary.size, recipe)
-    return counts
+    return _merge(folder, corpus, done, codec.vocabulary.size, recipe)
 
 
 def _parts(corpus: Corpus) -> list[list[int]]:
@@ -89,25 +84,6 @@ def _parts(corpus: Corpus) -> list[list[int]]:
         parts[-1].append(shard)
         filled += size
     return parts
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder that has its name only when it is whole.
-
-    Args:
-        path: the folder, absent; of two processes that write it one wins.
-        write: fills the folder that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
-    try:
-        write(fresh)
-        fresh.rename(path)
-    except OSError:
-        if not path.is_dir():  # unless another process has just finished it
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write_part(folder: Path, corpus: Corpus, shards: Sequence[int], codec: TextCodec, recipe: Recipe) -> None:
@@ -244,8 +220,3 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-def _bar(items: Sequence[Item], description: str) -> Iterable[Item]:
-    console = Console(stderr=True)
-    return track(items, description, console=console, transient=True, disable=not console.is_terminal)

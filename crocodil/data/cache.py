@@ -53,23 +53,37 @@ def cached_folder(cache_dir: str | Path | None, name: str, build: Callable[[Path
         ValueError: if nothing can be written under `cache_dir`.
     """
     root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    folder = root / name
-    if folder.is_dir():
-        return folder
-    parts = root / f".{name}.parts"
+    folder, parts = root / name, root / f".{name}.parts"
+    if not folder.is_dir():
+        write_whole(folder, lambda aside: build(aside, parts))
+        shutil.rmtree(parts, ignore_errors=True)
+    return folder
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder that has its name only when it is whole, and removes what killed processes left of it.
+
+    Args:
+        folder: absent; of two processes that write it one wins.
+        write: fills the folder that it is given.
+
+    Raises:
+        ValueError: if nothing can be written beside the folder.
+    """
+    root = folder.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
     except OSError as error:
         raise ValueError(f"cache_dir must be a writable folder, got {str(root)!r}: {error.strerror}.") from error
     try:
-        build(aside, parts)
+        write(aside)
         aside.chmod(0o755)
         aside.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # unless another process has just finished the same folder
+    except Exception:  # a library may meet the loss of its folder with any
+        if not folder.is_dir():  # unless another process has just finished, and removed what this one wrote
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(parts, ignore_errors=True)
-    return folder
+    for left in root.glob(f".{folder.name}-*"):
+        shutil.rmtree(left, ignore_errors=True)

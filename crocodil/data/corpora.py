@@ -246,16 +246,14 @@ def distinct_by_split(found: Mapping[Split, Iterable[Item]]) -> dict[Split, list
     return distinct
 
 
-def with_progress(files: Sequence[SourceFile], results: Iterable[Result], description: str) -> Iterator[Result]:
-    """Passes results on, one a file, behind a progress bar that shows in a terminal only and leaves no trace.
+def with_progress(total: int, results: Iterable[Result], description: str) -> Iterator[Result]:
+    """Passes results on behind a progress bar that shows in a terminal only and leaves no trace.
 
     Args:
-        files: the files of the corpus.
-        results: what is made of each file, in the same order.
+        total: how many results there will be.
+        results: what is made, one after the other.
         description: what is being done.
     """
     console = Console(stderr=True)
-    bar = track(
-        results, description, total=len(files), console=console, transient=True, disable=not console.is_terminal
-    )
+    bar = track(results, description, total=total, console=console, transient=True, disable=not console.is_terminal)
     yield from bar

@@ -55,7 +55,7 @@ def read_functions(
     """
     found: dict[Split, dict[bytes, tuple[int, int]]] = {"train": {}, "val": {}, "test": {}}
     total, all_skipped = 0, SkipCount()
-    results = with_progress(files, _read_all(files, min_tokens, max_tokens), "Reading Python functions")
+    results = with_progress(len(files), _read_all(files, min_tokens, max_tokens), "Reading Python functions")
     for number, (file, (functions, skipped)) in enumerate(zip(files, results, strict=True)):
         of_split = found[split_of(file.name)]
         for place, function in enumerate(functions):

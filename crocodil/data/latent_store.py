@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from crocodil.output import sync
+
 LatentDtype = Literal["float16", "bfloat16", "float32"]
 INDEX_FILE = "index.json"
 SHARDS = "latents-*.safetensors"
@@ -268,8 +270,4 @@ def _write_whole(path: Path, content: bytes) -> None:
         except OSError:
             os.unlink(file.name)
             raise
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

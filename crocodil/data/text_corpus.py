@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from crocodil.data.block_datamodule import NAMES_FILE, BlockDataModule, require_at_least
-from crocodil.data.build import Recipe, build, tokenize, write_whole
+from crocodil.data.build import Recipe, build, tokenize
+from crocodil.data.cache import write_whole
 from crocodil.data.codec import BOS_ID, EOS_ID, MASK_ID, MIN_BPE_SIZE, TextCodec, byte_level_bpe
 from crocodil.data.corpora import SkipCount, SourceFile, Split
 from crocodil.data.rows import Layout, cut

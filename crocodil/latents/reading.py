@@ -123,7 +123,7 @@ def _entries(corpus: Path, pattern: str, skipped: SkipCount) -> Iterator[tuple[s
     """Where each text of a corpus stands, and the text."""
     if corpus.is_dir():
         all_files = folder_files(corpus, pattern)
-        for file in with_progress(all_files, all_files, "Reading files"):
+        for file in with_progress(len(all_files), all_files, "Reading files"):
             if (text := read_text(file.path, skipped)) is not None:
                 yield file.name, text
         return

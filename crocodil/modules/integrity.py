@@ -4,12 +4,13 @@ A file is torch's archive, whose records carry checksums (CRC-32); a folder has 
 """
 
 import hashlib
-import os
 import shutil
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from crocodil.output import sync
 
 SUMS_FILE = "SHA256SUMS"
 """In the format of `sha256sum`, which can check a folder, too."""
@@ -39,15 +40,6 @@ def put_in_place(path: Path) -> None:
         path.rename(previous)
     part_of(path).rename(path)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of files of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -316,6 +316,14 @@ def test_of_two_builders_the_first_to_finish_wins(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["name"]
 
 
+def test_what_killed_builds_left_goes_with_the_next_whole_one(tmp_path: Path) -> None:
+    for name in (".name-killed", ".name.parts", ".name2-another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    cached_folder(tmp_path, "name", lambda folder, parts: np.save(folder / "a.npy", np.array(1)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".name2-another", "name"]
+
+
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     def build(folder: Path, parts: Path) -> None:
         (folder / "half").write_text("")
