@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from crocodil.data.codec import TextCodec
@@ -36,6 +37,9 @@ class CrocodilModule(L.LightningModule):
     """
 
     stage: ClassVar[Stage]
+    reads_latents: ClassVar[bool] = False
+    """Whether the stage trains from the latents of a batch, if there are any."""
+
     run_settings: dict[str, Any] | None = None
     """What `crocodil fit` was asked for, which goes into the record of every checkpoint."""
 
@@ -117,6 +121,11 @@ class CrocodilModule(L.LightningModule):
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def on_train_start(self) -> None:
+        """Says so if the data come with latents that the stage has no use for."""
+        if getattr(getattr(self.trainer, "datamodule", None), "latents", None) and not self.reads_latents:
+            rank_zero_warn(f"data.init_args.latents is ignored: the {self.stage} stage trains from texts alone")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds torch's own generators, of which dropout draws: by (seed, step, process), as all other noise."""

@@ -1,6 +1,7 @@
 """What the stages on a frozen autoencoder share: the latents of a batch, their conditions and their times."""
 
 import math
+from typing import ClassVar
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -32,6 +33,8 @@ class LatentModule(CrocodilModule):
         seed: see `CrocodilModule`.
         compile: see `CrocodilModule`.
     """
+
+    reads_latents: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -39,6 +39,10 @@ def make_data(tmp_path_factory: pytest.TempPathFactory) -> MakeData:
     return make
 
 
+WIDE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+WIDE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
 def encode(
     system: Any, data: CanonicalFunctions, folder: Path, dtype: str = "float32", encoder: Any = None
 ) -> LatentRecord:
@@ -108,6 +112,16 @@ def test_without_conditions_the_encoder_is_never_called(
     calls = count_calls(module.encoder)
     fit(module, make_data())
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("stage", ["demasker", "prior"])
+def test_a_stage_that_has_no_use_for_latents_says_so(
+    stage: str, tiny_system: Any, make_data: MakeData, fit: Fit, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    encode(tiny_system, make_data(), tmp_path)
+    fit(tiny_system.module(stage, **({"network": WIDE} if stage == "demasker" else {})), make_data(latents=tmp_path))
+    told = [str(warning.message) for warning in recwarn if "latents is ignored" in str(warning.message)]
+    assert len(told) == (stage == "demasker")
 
 
 def test_conditions_alone_are_encoded(
