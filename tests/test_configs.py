@@ -10,7 +10,8 @@ from crocodil.modules.checkpoints import StageCheckpoint
 from crocodil.trainer_cli import run_trainer
 
 FOLDER = Path(__file__).parents[1] / "lightning_configs"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("eval_"))  # tests/modules/
+ELSEWHERE = ("eval_", "headline_")  # tests/modules/, tests/benchmarks/
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith(ELSEWHERE))
 ALWAYS = ("quickstart_prior",)
 """Whose stale keys the default run tries; the slow one tries those of all."""
 USUAL = ("quickstart", "llada8b_qlora")

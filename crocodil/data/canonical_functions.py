@@ -19,7 +19,7 @@ from crocodil.data.corpora import (
     installed_package_files,
     standard_library_files,
 )
-from crocodil.data.functions import read_functions
+from crocodil.data.functions import SplitBy, read_functions
 from crocodil.data.rows import Layout
 from crocodil.data.tokens import flat, tokens_file, write_split
 from crocodil.data.vocabulary import Vocabulary
@@ -34,6 +34,8 @@ class CanonicalFunctions(BlockDataModule):
         packages: installed distributions to read beside the standard library; None for those that crocodil depends
             on, [] for none.
         folder: folder of Python files to read instead.
+        split_by: what of a file decides its split: its "name", or its "folder", the first part of the name, so that the
+            files of a package stay together.
         min_tokens: functions with fewer tokens are left out.
         max_functions: keep about this many distinct functions, evenly spread over the corpus; None for all.
         cache_dir: folder of prepared corpora; None for `$XDG_CACHE_HOME/crocodil` or `~/.cache/crocodil`.
@@ -53,6 +55,7 @@ class CanonicalFunctions(BlockDataModule):
         batch_size: int = 64,
         packages: list[str] | None = None,
         folder: str | None = None,
+        split_by: SplitBy = "name",
         min_tokens: int = 14,
         max_functions: int | None = None,
         cache_dir: str | None = None,
@@ -68,6 +71,7 @@ class CanonicalFunctions(BlockDataModule):
             require_at_least("max_functions", max_functions, 1)
         self.packages = list(DEFAULT_PACKAGES) if packages is None else packages
         self.folder = folder
+        self.split_by = split_by
         self.min_tokens = min_tokens
         self.max_functions = max_functions
 
@@ -82,7 +86,8 @@ class CanonicalFunctions(BlockDataModule):
         return TextCodec.canonical()
 
     def _configuration(self) -> dict[str, Any]:
-        return {"length": self.length, "min_tokens": self.min_tokens, "max_functions": self.max_functions}
+        names = ("length", "min_tokens", "max_functions", "split_by")
+        return {name: getattr(self, name) for name in names}
 
     def _source_files(self) -> list[SourceFile]:
         if self.folder is not None:
@@ -91,7 +96,7 @@ class CanonicalFunctions(BlockDataModule):
         return sorted(files, key=lambda file: file.name)
 
     def _build(self, folder: Path, aside: Path, files: Sequence[SourceFile]) -> dict[str, int | str]:
-        found, num_functions, skipped = read_functions(files, self.min_tokens, self.length - 2)
+        found, num_functions, skipped = read_functions(files, self.min_tokens, self.length - 2, self.split_by)
         splits = distinct_by_split(found)
         num_distinct = sum(map(len, splits.values()))
         share = 1.0 if self.max_functions is None else min(1.0, self.max_functions / max(num_distinct, 1))

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from typing import Literal
 
 from crocodil.data.canonical import CANONICAL_TOKENS, canonical_functions
 from crocodil.data.corpora import SkipCount, SourceFile, Split, read_text, split_of, with_progress
 
+SplitBy = Literal["name", "folder"]
 MIN_FILES_FOR_POOL = 256
 _TOKEN_IDS = {token: token_id for token_id, token in enumerate(CANONICAL_TOKENS)}
 assert len(_TOKEN_IDS) <= 256  # a function travels between processes as one byte a token
@@ -36,7 +38,7 @@ def functions_of_file(file: SourceFile, min_tokens: int, max_tokens: int) -> tup
 
 
 def read_functions(
-    files: Sequence[SourceFile], min_tokens: int, max_tokens: int
+    files: Sequence[SourceFile], min_tokens: int, max_tokens: int, split_by: SplitBy = "name"
 ) -> tuple[dict[Split, dict[bytes, tuple[int, int]]], int, SkipCount]:
     """Canonical functions of many files by split, how many there are, and the files that were skipped.
 
@@ -44,6 +46,8 @@ def read_functions(
         files: files in a fixed order.
         min_tokens: shorter functions are left out.
         max_tokens: longer functions are left out.
+        split_by: what of a file decides the split: its "name", or its "folder", the first part of the name, so that the
+            files of a package stay together.
 
     Returns:
         For each split, token ids of each distinct function, one byte a token, in order of file and of place in the
@@ -57,7 +61,7 @@ def read_functions(
     total, all_skipped = 0, SkipCount()
     results = with_progress(len(files), _read_all(files, min_tokens, max_tokens), "Reading Python functions")
     for number, (file, (functions, skipped)) in enumerate(zip(files, results, strict=True)):
-        of_split = found[split_of(file.name)]
+        of_split = found[split_of(file.name if split_by == "name" else file.name.partition("/")[0])]
         for place, function in enumerate(functions):
             of_split.setdefault(function, (number, place))
         total += len(functions)

@@ -6,13 +6,13 @@ it reaches a quality is found on it by interpolation, linear in the quality and 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
-from crocodil.evaluation.intervals import Interval, interval, ratio_interval
+from crocodil.evaluation.intervals import Interval, interval, mean_and_std, ratio_interval
 from crocodil.evaluation.verdict import ENTROPY_SLACK, NAMES, PRIOR, Row, number, setting_words
 
 HIGHER_IS_BETTER = {"parse_rate", "compile_rate", "mauve", "token_accuracy"}
@@ -23,7 +23,7 @@ QUALITY_NAMES = {
     "distance": "Fréchet distance",
 }
 SYSTEMS = ("conthendisc", "conwithindisc")
-CURVE = ("algorithm", "remasking", "temperature", "num_registers", *PRIOR, "length")
+CURVE = ("algorithm", "remasking", "temperature", "top_p", "num_registers", *PRIOR, "length")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Speedup:
 
     Attributes:
         quality: name of the measure that is matched.
+        also: further measures that are at least the base's.
         base: a row of the base at that budget, without what differs by seed.
         system: a row of the system, likewise.
         base_calls: N, demasker calls of the base.
@@ -45,6 +46,7 @@ class Speedup:
     """
 
     quality: str
+    also: tuple[str, ...]
     base: Row
     system: Row
     base_calls: float
@@ -76,8 +78,8 @@ class Speedup:
         row: Row = {
             "quality": self.quality,
             "base_calls": self.base_calls,
-            **{f"base_{key}": self.base[key] for key in ("remasking", "temperature")},
-            **{key: self.system[key] for key in CURVE},
+            **{f"base_{key}": self.base.get(key) for key in ("remasking", "temperature", "top_p")},
+            **{key: self.system.get(key) for key in CURVE},
             "calls": self.calls.mean if self.calls else None,
             "reached": f"{self.num_reached} of {self.num_seeds}",
             "entropy": self.entropy,
@@ -122,7 +124,37 @@ def calls_to_reach(target: float, curve: Sequence[tuple[float, float]], higher_i
     return None
 
 
-def speedups(rows: Sequence[Row], quality: str, systems: Iterable[str] = SYSTEMS) -> list[Speedup]:
+def calls_to_reach_all(targets: Mapping[str, float], rows: Sequence[Row]) -> float | None:
+    """The fewest calls at which a curve reaches several qualities at once; None if it never does.
+
+    Args:
+        targets: measures and what is asked of each.
+        rows: of one setting and seed, `demasker_calls` ascending.
+
+    Returns:
+        Where the last of them is reached, if the others are still held there; else the next budget where all are.
+    """
+    ladders = {name: [(row["demasker_calls"], row[name]) for row in rows] for name in targets}
+    reached = [calls_to_reach(targets[name], ladder, name in HIGHER_IS_BETTER) for name, ladder in ladders.items()]
+    found = [calls for calls in reached if calls is not None]
+    if len(found) < len(targets):
+        return None
+    latest = max(found)
+    for calls in (latest, *(row["demasker_calls"] for row in rows if row["demasker_calls"] > latest)):
+        held = {name: value_at(calls, ladder) for name, ladder in ladders.items()}
+        if all(_reaches(held[name], target, name) for name, target in targets.items()):
+            return calls
+    return None
+
+
+def _reaches(value: float, target: float, measure: str) -> bool:
+    sign = 1 if measure in HIGHER_IS_BETTER else -1
+    return sign * (value - target) >= -1e-9 * abs(target)  # interpolation rounds
+
+
+def speedups(
+    rows: Sequence[Row], quality: str, systems: Iterable[str] = SYSTEMS, also: Sequence[str] = ()
+) -> list[Speedup]:
     """What each system saves at the quality of each budget of the base.
 
     At each budget the base has its best setting by the mean quality, and where that has collapsed (its entropy lies
@@ -133,6 +165,7 @@ def speedups(rows: Sequence[Row], quality: str, systems: Iterable[str] = SYSTEMS
         rows: one for each setting, number of steps and seed; see `report.Report`.
         quality: name of the measure that is matched.
         systems: algorithms to compare with the base.
+        also: further measures that must not be worse than the base's mean by more than its own deviation over seeds.
 
     Returns:
         `Speedup`s by system and falling budget; budgets without a finite quality are left out.
@@ -149,7 +182,7 @@ def speedups(rows: Sequence[Row], quality: str, systems: Iterable[str] = SYSTEMS
             if settings:
                 bases = {key: curve for key, curve in ours.items() if key[0] == "base"}
                 points = _base_points(bases, quality, higher, floor)
-                found += [_best(point, settings, quality, higher) for point in points]
+                found += [_best(point, settings, quality, tuple(also)) for point in points]
     return found
 
 
@@ -192,8 +225,10 @@ def _entropy(members: dict[Any, Row]) -> float:
     return fmean(row["entropy"] for row in members.values())
 
 
-def _best(point: dict[Any, Row], settings: dict[tuple[Any, ...], Curve], quality: str, higher: bool) -> Speedup:
-    candidates = [_compare(point, curve, quality, higher) for curve in settings.values()]
+def _best(
+    point: dict[Any, Row], settings: dict[tuple[Any, ...], Curve], quality: str, also: tuple[str, ...]
+) -> Speedup:
+    candidates = [_compare(point, curve, quality, also) for curve in settings.values()]
 
     def rank(item: Speedup) -> tuple[bool, bool, float]:
         return (
@@ -205,16 +240,16 @@ def _best(point: dict[Any, Row], settings: dict[tuple[Any, ...], Curve], quality
     return min(candidates, key=rank)
 
 
-def _compare(point: dict[Any, Row], curve: Curve, quality: str, higher: bool) -> Speedup:
+def _compare(point: dict[Any, Row], curve: Curve, quality: str, also: tuple[str, ...]) -> Speedup:
     seeds = sorted(point.keys() & curve.keys())
     costs = [key for key in next(iter(point.values())) if key in ("demasker_calls", "nfe") or key.startswith("seconds")]
+    floors = {measure: _with_slack(list(point.values()), measure) for measure in also}
     reached, at_most = {}, False
     for seed in seeds:
-        ladder = [(row["demasker_calls"], row[quality]) for row in curve[seed]]
-        calls = calls_to_reach(point[seed][quality], ladder, higher)
+        calls = calls_to_reach_all({quality: point[seed][quality], **floors}, curve[seed])
         if calls is not None:
             reached[seed] = calls
-            at_most |= calls == ladder[0][0]
+            at_most |= calls == curve[seed][0]["demasker_calls"]
     factors = {}
     for cost in costs:
         pairs = [(point[seed].get(cost), _cost_at(calls, curve[seed], cost)) for seed, calls in reached.items()]
@@ -225,6 +260,7 @@ def _compare(point: dict[Any, Row], curve: Curve, quality: str, higher: bool) ->
     base_entropies = [row["entropy"] for row in point.values()]
     return Speedup(
         quality=quality,
+        also=also,
         base=next(iter(point.values())),
         system=next(iter(curve.values()))[0],
         base_calls=fmean(row["demasker_calls"] for row in point.values()),
@@ -238,6 +274,13 @@ def _compare(point: dict[Any, Row], curve: Curve, quality: str, higher: bool) ->
     )
 
 
+def _with_slack(rows: list[Row], measure: str) -> float:
+    """The mean of a measure, made worse by its deviation over seeds."""
+    mean, std = mean_and_std([row[measure] for row in rows])
+    slack = std if math.isfinite(std) else 0.0
+    return mean - slack if measure in HIGHER_IS_BETTER else mean + slack
+
+
 def _cost_at(calls: float, rows: list[Row], cost: str) -> float | None:
     values = [(row["demasker_calls"], row[cost]) for row in rows if row.get(cost) is not None]
     if len(values) < len(rows) or not all(math.isfinite(value) for _, value in values):
@@ -247,9 +290,9 @@ def _cost_at(calls: float, rows: list[Row], cost: str) -> float | None:
 
 def sentence(item: Speedup) -> str:
     """A speed-up in plain words, claimed or not, with its reason."""
-    name, measure = NAMES[item.system["algorithm"]], QUALITY_NAMES.get(item.quality, item.quality.replace("_", " "))
+    name, measure = NAMES[item.system["algorithm"]], _measure_name(item.quality)
     calls = f"{item.base_calls:g} call{'s' if item.base_calls != 1 else ''}"
-    what = f"the base's {measure} at {calls}"
+    what = f"the base's {measure} at {calls}" + "".join(f", with no worse {_measure_name(name)}" for name in item.also)
     if item.calls is None:
         return f"{name} does not reach {what} with any number of calls that was measured. {_both(item)}"
     at_most, at_least = ("at most ", "at least ") if item.at_most else ("", "")
@@ -264,6 +307,10 @@ def sentence(item: Speedup) -> str:
     text += f"; wall-clock: {', '.join(times)} times less. " if times else ". "
     faults = _faults(item)
     return text + (f"No speed-up is claimed: {', and '.join(faults)}. " if faults else "") + _both(item)
+
+
+def _measure_name(measure: str) -> str:
+    return QUALITY_NAMES.get(measure, measure.replace("_", " "))
 
 
 def _both(item: Speedup) -> str:

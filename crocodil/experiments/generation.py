@@ -39,6 +39,7 @@ class SystemGrid:
         remasking: unmasking rule.
         temperature: of the drawn tokens.
         num_registers: how many registers the demasker reads; None for all.
+        top_p: nucleus of the drawn tokens; None for all of them.
         prior_network: what draws them, "prior" or "student"; None takes the prior if there is one.
         prior_steps: its steps for each draw; None takes those of the table.
     """
@@ -48,6 +49,7 @@ class SystemGrid:
     remasking: str = "random"
     temperature: list[float] = field(default_factory=lambda: [1.0])
     num_registers: int | None = None
+    top_p: float | None = None
     prior_network: PriorNetwork | None = None
     prior_steps: int | None = None
 
@@ -71,6 +73,7 @@ class Setting:
     temperature: float | None
     num_registers: int | None
     length: int
+    top_p: float | None = field(default=None, kw_only=True)
     prior_network: PriorNetwork | None = field(default=None, kw_only=True)
     prior_steps: int | None = field(default=None, kw_only=True)
 
@@ -170,6 +173,7 @@ class Generation:
                         temperature,
                         grid.num_registers,
                         length,
+                        top_p=grid.top_p,
                         prior_network=grid.prior_network,
                         prior_steps=grid.prior_steps,
                     )
@@ -277,6 +281,7 @@ class Generation:
                 batch_size=self.batch_size,
                 remasking=cell.remasking,
                 temperature=cell.temperature,
+                top_p=cell.top_p or 1.0,
             )
         return self._sample(cell, len(share), self.batch_size, cell.seed, share.start)
 
@@ -297,6 +302,7 @@ class Generation:
             batch_size=batch_size,
             remasking=setting.remasking,
             temperature=setting.temperature,
+            top_p=setting.top_p or 1.0,
         )
 
     def time(self, cell: TimingCell) -> Row:

@@ -7,6 +7,7 @@ from crocodil.data.corpora import (
     EXCLUDED_FOLDERS,
     MAX_FILE_BYTES,
     SkipCount,
+    SourceFile,
     distinct_by_split,
     folder_files,
     installed_package_files,
@@ -131,3 +132,16 @@ def test_worker_processes_give_what_one_process_gives() -> None:
     assert [list(functions) for functions in found.values()] == [list(functions) for functions in expected.values()]
     lengths = {len(function) for functions in found.values() for function in functions}
     assert (min(lengths), max(lengths)) == (14, 62)
+
+
+def test_the_files_of_a_folder_stay_together(tmp_path: Path) -> None:
+    """Every file has a function of its own; split by name they part, split by folder they do not."""
+    for number in range(40):
+        (tmp_path / f"package{number % 4}").mkdir(exist_ok=True)
+        body = "\n".join(f"    self.x{i} = y + {number}" for i in range(number % 10 + 3))
+        (tmp_path / f"package{number % 4}" / f"m{number}.py").write_text(f"def f(self, y):\n{body}\n    return y\n")
+    files = [SourceFile(path, path.relative_to(tmp_path).as_posix()) for path in sorted(tmp_path.glob("*/*.py"))]
+    for split_by, key in (("name", lambda name: name), ("folder", lambda name: name.partition("/")[0])):
+        found, _, _ = read_functions(files, 1, 200, split_by)
+        for split, functions in found.items():
+            assert all(split_of(key(files[number].name)) == split for number, _ in functions.values())

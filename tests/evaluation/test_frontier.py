@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from crocodil.evaluation.frontier import calls_to_reach, sentence, speedups, value_at
+from crocodil.evaluation.frontier import calls_to_reach, calls_to_reach_all, sentence, speedups, value_at
 from crocodil.evaluation.intervals import interval
 from crocodil.evaluation.verdict import Row
 
@@ -136,3 +136,28 @@ def test_a_quality_that_grows_is_matched_from_below(make_row: Callable[..., Row]
     rows += [make_row("conthendisc", calls, rate, 1.0, seed=s) for calls, rate in ((2, 0.1), (8, 0.3)) for s in (0, 1)]
     (item,) = speedups(rows, "parse_rate")
     assert item.calls is not None and item.calls.mean == pytest.approx(4.0)
+
+
+def test_several_qualities_are_reached_together_or_not_at_all() -> None:
+    rows = [
+        {"demasker_calls": calls, "judge_nll": nll, "mauve": mauve}
+        for calls, nll, mauve in ((2, 4.0, 0.5), (8, 2.0, 0.9), (32, 1.0, 0.6), (128, 0.9, 0.9))
+    ]
+    assert calls_to_reach_all({"judge_nll": 3.0}, rows) == pytest.approx(4.0)
+    assert calls_to_reach_all({"judge_nll": 3.0, "mauve": 0.6}, rows) == pytest.approx(4.0)
+    assert calls_to_reach_all({"judge_nll": 3.0, "mauve": 0.8}, rows) == pytest.approx(2 * 4**0.75)
+    assert calls_to_reach_all({"judge_nll": 1.0, "mauve": 0.8}, rows) == 128  # at 32 calls MAUVE has fallen back
+    assert calls_to_reach_all({"judge_nll": 0.9, "mauve": 0.95}, rows) is None
+    assert calls_to_reach_all({"judge_nll": 0.5, "mauve": 0.5}, rows) is None
+
+
+def test_a_further_measure_may_fall_short_by_the_bases_own_spread(rows: list[Row]) -> None:
+    """The base's MAUVE is 0.5 with a deviation of 0.1 at every budget."""
+    for mauve, reached in ((0.41, True), (0.39, False)):
+        changed = [
+            row | {"mauve": 0.5 + 0.1 * (row["seed"] - 1) if row["algorithm"] == "base" else mauve} for row in rows
+        ]
+        item = speedups(changed, "judge_nll", also=("mauve",))[1]
+        assert item.base_calls == 32 and (item.num_reached == item.num_seeds) == reached
+        assert "with no worse MAUVE" in sentence(item)
+        assert item.calls is None or item.calls == speedups(changed, "judge_nll")[1].calls
