@@ -37,7 +37,6 @@ FOLDER = Path("runs/headline")
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
 STAGES = ("start", "judge", "demasker", "autoencoder", "prior", "student")
 SKETCHED = ("conthendisc", "conwithindisc")
-BATCHES = (1, 8, 32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Effort:
         tuning_texts: texts of a setting that is tried.
         texts: of a setting that is measured, for each seed.
         seeds: of the measured texts.
+        batches: batch sizes whose wall-clock is measured.
         base_grid: settings of the base that are tried.
         sketch_grid: settings of the sketched systems that are tried.
         oracle_grid: settings with true latents; measured, not tried.
@@ -58,6 +58,7 @@ class Effort:
     tuning_texts: int = 128
     texts: int = 256
     seeds: tuple[int, ...] = (0, 1, 2)
+    batches: tuple[int, ...] = (1, 8, 32)
     base_grid: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grid((64, 32, 16, 8, 4)))
     sketch_grid: tuple[SystemGrid, ...] = field(default_factory=lambda: sketch_grid((16, 8, 6, 5, 4, 3, 2)))
     oracle_grid: tuple[SystemGrid, ...] = (SystemGrid("oracle", [16, 8, 5, 4, 3, 2], temperature=[0.4]),)
@@ -223,7 +224,7 @@ def measure(bench: Bench, chosen: Sequence[SystemGrid]) -> dict[str, Any]:
         measured_systems(effort, chosen),
         effort.texts,
         seeds=effort.seeds,
-        timed_batches=BATCHES,
+        timed_batches=effort.batches,
         train=bench.data.array("train"),
     )
     rows = table.rows(bench.ledger("measured", table))

@@ -80,6 +80,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", metavar="CKPT", help="checkpoint of the student stage, a prior of few steps")
     parser.add_argument("--base", metavar="CKPT", help="checkpoint of the demasker stage, for the algorithm `masked`")
     parser.add_argument("--judge", metavar="CKPT", help="of the judge stage, alone: writes a folder for evaluations")
+    parser.add_argument("--dtype", help="of the written weights: float32, bfloat16, float16; default: as trained")
     parser.add_argument("--output", required=True, metavar="DIR")
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from crocodil.data.codec import TextCodec
 from crocodil.evaluation.film import Film
 from crocodil.evaluation.judge import Judge
+from crocodil.models.pretrained import named_dtype
 from crocodil.modules.checkpoints import StageCheckpoint, check_autoencoder
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline
@@ -115,6 +116,7 @@ def export(
     output: str,
     judge: str | None = None,
     student: str | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Collects checkpoints into a pipeline folder, or turns a judge's into a folder of transformers.
 
@@ -125,6 +127,7 @@ def export(
         output: folder to write.
         judge: checkpoint of the judge stage, instead of all others.
         student: checkpoint of the student stage, trained on that autoencoder.
+        dtype: of the written weights, such as "float16"; None keeps that of the checkpoints.
     """
     check_writable(output)
     if judge is not None:
@@ -133,7 +136,8 @@ def export(
         build_judge(judge).save_pretrained(output)
         Console(stderr=True).print(f"judge written to {output}; name it in lightning_configs/eval_*.yaml")
         return
-    build_pipeline(autoencoder, prior, base, student).save_pretrained(output)
+    torch_dtype = named_dtype(dtype)
+    build_pipeline(autoencoder, prior, base, student).to("cpu", torch_dtype).save_pretrained(output)
     Console(stderr=True).print(f"pipeline written to {output}; try: crocodil sample --pipeline {output}")
 
 

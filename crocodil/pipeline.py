@@ -99,10 +99,15 @@ class CrocodilPipeline:
         """Where the networks are."""
         return next(self.demasker.parameters()).device
 
-    def to(self, device: torch.device | str) -> "CrocodilPipeline":
-        """Moves all networks, in place."""
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "CrocodilPipeline":
+        """Moves all networks, in place.
+
+        Args:
+            device: where to.
+            dtype: of their weights; None keeps it.
+        """
         for network in self.networks().values():
-            network.to(device)
+            network.to(device, dtype)
         return self
 
     def compile(self) -> "CrocodilPipeline":

@@ -59,12 +59,7 @@ class Pretrained:
         Raises:
             ValueError: if it is none of floating-point numbers.
         """
-        if self.dtype is None:
-            return None
-        dtype = getattr(torch, self.dtype, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
-        return dtype
+        return named_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,6 +154,20 @@ def tokenizer_vocabulary(folder: Path) -> dict[str, int]:
 def tokenizer_size(folder: Path) -> int:
     """One more than the largest id of a tokenizer; 0 where there are no files of one."""
     return 1 + max(tokenizer_vocabulary(folder).values(), default=-1)
+
+
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of a name such as "bfloat16"; None for None.
+
+    Raises:
+        ValueError: if it is none of floating-point numbers.
+    """
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name!r}")
+    return dtype
 
 
 def build_empty(checkpoint: Checkpoint, auto_class: Any) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from crocodil.data.corpora import Split
 from crocodil.evaluation.judge import Judge
 from crocodil.evaluation.machine import machine
 from crocodil.experiments.cells import Ledger, Row, array_fingerprint, fingerprint
-from crocodil.models.pretrained import Pretrained
+from crocodil.models.pretrained import named_dtype
 from crocodil.output import check_writable
 from crocodil.pipeline import CrocodilPipeline
 
@@ -58,13 +58,10 @@ class EvaluationModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.folder = pipeline
-        self.system = CrocodilPipeline.from_pretrained(pipeline)
+        self.system = CrocodilPipeline.from_pretrained(pipeline).to("cpu", named_dtype(dtype))
         self.judge = None if judge is None else Judge.from_pretrained(judge, self.system.codec, score_end)
         self.judge_folder, self.score_end = judge, score_end
         self.dtype_name = dtype
-        torch_dtype = Pretrained(pipeline, dtype=dtype).torch_dtype
-        for network in self.system.networks().values():
-            network.to(torch_dtype)
         self.options = options | {"batch_size": batch_size}
         self.output_dir = output_dir
 
