@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from crocodil import __version__
 
+DEFAULT = "default: the pipeline's own, else"
 TRAINER_COMMANDS = {
     "fit": "train a stage: --config lightning_configs/NAME.yaml [--model.init_args.x=...]",
     "validate": "held-out figures of a checkpoint on the validation split: --config ... --ckpt_path ...",
@@ -40,18 +41,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes texts, one JSON object a line: text, token_ids, cost."
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="folder written by `crocodil export`")
+    parser.add_argument(
+        "--pipeline",
+        metavar="DIR",
+        help="folder written by `crocodil export`; default: the small one of the project",
+    )
     parser.add_argument("--algorithm", default="conthendisc", help="masked, conthendisc or conwithindisc")
     parser.add_argument("--num_samples", type=int, default=4, help="texts, or texts for each prompt")
     parser.add_argument("--length", type=int, help="tokens to write; default: as many as the model reads")
-    parser.add_argument("--num_steps", type=int, default=8, help="demasker calls a text")
+    parser.add_argument("--num_steps", type=int, help=f"demasker calls a text; {DEFAULT} 8")
     parser.add_argument("--prompt", action="append", dest="prompts", metavar="TEXT", help="kept in front; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--remasking", default="low_confidence", metavar="RULE", help="docs/how-to-choose-a-sampler.md lists the rules"
+        "--remasking", metavar="RULE", help=f"docs/how-to-choose-a-sampler.md lists the rules; {DEFAULT} low_confidence"
     )
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the most probable tokens of this share")
+    parser.add_argument("--temperature", type=float, help=f"0 takes the most probable token; {DEFAULT} 0.7")
+    parser.add_argument("--top_p", type=float, help="draw from the most probable tokens of this share")
     parser.add_argument("--top_k", type=int, help="draw from this many most probable tokens")
     parser.add_argument("--block_size", type=int, help="finish blocks of this many tokens from left to right")
     parser.add_argument("--eos", default="free", help="stop tokens: free, last (after all others) or never")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from crocodil.samplers.latent import LatentProcess
 from crocodil.samplers.mean_flow import StudentProcess
 from crocodil.samplers.protocols import ProgressCallback, StepCallback, StepEvent
 
+SAMPLE_DEFAULTS: dict[str, Any] = {"num_steps": 8, "remasking": "low_confidence", "temperature": 0.7}
+"""Of `crocodil sample`, where a pipeline has none of its own."""
+
 
 def sample(
-    pipeline: str,
+    pipeline: str | None,
     algorithm: Algorithm,
     num_samples: int,
     prompts: Sequence[str] | None,
@@ -39,7 +43,7 @@ def sample(
     """Writes texts as JSON lines, to a file or to standard output.
 
     Args:
-        pipeline: folder of a pipeline.
+        pipeline: folder of a pipeline; None for the one that comes with the project.
         algorithm: see `CrocodilPipeline.__call__`.
         num_samples: likewise.
         prompts: likewise.
@@ -48,9 +52,12 @@ def sample(
         compile: see `CrocodilPipeline.compile`.
         watch: show the first text on standard error while it is written.
         film: page to write, see `Film`.
-        settings: further arguments of `CrocodilPipeline.__call__`.
+        settings: further arguments of `CrocodilPipeline.__call__`; what is None here is taken from the defaults of the
+            pipeline for this algorithm, then from `SAMPLE_DEFAULTS`.
     """
-    pipe = open_pipeline(pipeline, device, output=output, film=film)
+    pipe = open_pipeline(pipeline or str(shipped_pipeline()), device, output=output, film=film)
+    given = {name: value for name, value in settings.items() if value is not None}
+    settings = SAMPLE_DEFAULTS | pipe.defaults.get(algorithm, {}) | given
     if compile:
         pipe.compile()
     recorder = Film(pipe.codec, pipe.demasker.mask_token_id)
@@ -84,6 +91,11 @@ def sample(
         f"{len(lines)} texts written to {output}: {cost['nfe']:.2f} demasker-call equivalents a text, "
         f"{cost['tokens_per_second']:.0f} tokens per second"
     )
+
+
+def shipped_pipeline() -> Path:
+    """The folder of the small system that comes with the project (weights/README.md)."""
+    return Path(str(files("crocodil_weights")))
 
 
 def open_pipeline(folder: str, device: str, **outputs: str | None) -> CrocodilPipeline:

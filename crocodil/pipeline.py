@@ -1,7 +1,7 @@
 """A trained system as one folder, and text out of it."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -57,6 +57,8 @@ class CrocodilPipeline:
         base: the plain masked-diffusion model that "masked" samples from; None samples the demasker without latents.
         student: the distilled prior, which needs few steps.
         student_process: how it was trained.
+        defaults: for some algorithms, the arguments of `__call__` that suit this system; `crocodil sample` starts from
+            them.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class CrocodilPipeline:
         base: Demasker | None = None,
         student: LatentStudent | None = None,
         student_process: StudentProcess | None = None,
+        defaults: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.demasker = demasker
         self.codec = codec
@@ -78,6 +81,7 @@ class CrocodilPipeline:
         self.base = base
         self.student = student
         self.student_process = student_process or StudentProcess()
+        self.defaults = {name: dict(settings) for name, settings in (defaults or {}).items()}
         self.is_compiled = False
         self._flops: dict[tuple[Any, ...], dict[str, int]] = {}
         for network in self.networks().values():
@@ -444,7 +448,9 @@ class CrocodilPipeline:
         Args:
             folder: created if absent.
         """
-        write_folder(Path(folder), self.networks(), self.codec, self.latent_process, self.student_process)
+        write_folder(
+            Path(folder), self.networks(), self.codec, self.latent_process, self.student_process, self.defaults
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -32,6 +32,7 @@ def write_folder(
     codec: TextCodec,
     latent_process: LatentProcess,
     student_process: StudentProcess,
+    defaults: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Writes what a pipeline consists of.
 
@@ -41,6 +42,7 @@ def write_folder(
         codec: text to token ids and back.
         latent_process: how the prior was trained.
         student_process: how the student was trained.
+        defaults: see `CrocodilPipeline`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in networks.items():
@@ -54,6 +56,7 @@ def write_folder(
         "versions": {name: version(name) for name in ("crocodil", "torch", "transformers")},
         "networks": list(networks),
         "latent_process": asdict(latent_process),
+        "defaults": defaults,
     }
     if "student" in networks:
         description["student_process"] = asdict(student_process)
@@ -77,6 +80,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
         own = TextCodec.from_pretrained(folder / ENCODER_TOKENIZER)
         parts["encoder"].translate = Retokenizer(codec, own)
     parts |= {"codec": codec, "latent_process": LatentProcess.from_dict(description["latent_process"])}
+    parts["defaults"] = description.get("defaults")
     if "student" in parts:
         parts["student_process"] = StudentProcess.from_dict(description["student_process"])
     return parts

@@ -95,7 +95,7 @@ class Speedup:
 def value_at(calls: float, curve: Sequence[tuple[float, float]]) -> float:
     """A quantity at a number of calls, linear in their logarithm between the points (calls, value), ascending."""
     for (x0, y0), (x1, y1) in pairwise(curve):
-        if x0 <= calls <= x1:
+        if x0 <= calls <= x1 and x0 < x1:
             return y0 + (y1 - y0) * math.log(calls / x0) / math.log(x1 / x0)
     return curve[0][1] if calls < curve[0][0] else curve[-1][1]
 
@@ -171,7 +171,7 @@ def speedups(
         `Speedup`s by system and falling budget; budgets without a finite quality are left out.
     """
     higher = quality in HIGHER_IS_BETTER
-    curves = _curves(rows, quality)
+    curves = _curves(rows, (quality, *also))
     found = []
     for length in sorted({key[-1] for key in curves}, key=lambda value: value or 0):
         ours = {key: curve for key, curve in curves.items() if key[-1] == length}
@@ -189,11 +189,11 @@ def speedups(
 Curve = dict[Any, list[Row]]  # seed -> rows, calls ascending
 
 
-def _curves(rows: Sequence[Row], quality: str) -> dict[tuple[Any, ...], Curve]:
+def _curves(rows: Sequence[Row], measures: Sequence[str]) -> dict[tuple[Any, ...], Curve]:
     curves: dict[tuple[Any, ...], Curve] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=lambda row: row.get("demasker_calls") or 0):
-        value = row.get(quality)
-        if row["algorithm"] != "data" and value is not None and math.isfinite(value):
+        values = [row.get(measure) for measure in measures]
+        if row["algorithm"] != "data" and all(value is not None and math.isfinite(value) for value in values):
             curves[tuple(row.get(key) for key in CURVE)][row["seed"]].append(row)
     return {key: dict(curve) for key, curve in curves.items()}
 

@@ -1,9 +1,11 @@
 """The headline's own logic, and, slow, a reduced run of it from packages to figures."""
 
+import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,53 +19,97 @@ from crocodil.experiments import SystemGrid
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+MODULES = ("headline", "headline_corpus", "headline_bench", "headline_compare", "headline_tuning")
+
+
 @pytest.fixture
 def headline(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("headline", "headline_corpus"):
+    for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import headline
 
     return headline
 
 
-def row(algorithm: str, num_steps: int, temperature: float, judge_nll: float, entropy: float) -> dict[str, Any]:
-    setting = {"algorithm": algorithm, "num_steps": num_steps, "temperature": temperature, "remasking": "random"}
-    nothing = dict.fromkeys(("num_registers", "top_p", "prior_network", "prior_steps"))
-    return setting | nothing | {"judge_nll": judge_nll, "entropy": entropy}
+@pytest.fixture
+def tuning(headline: Any) -> Any:
+    return sys.modules["headline_tuning"]
 
 
-def test_the_likeliest_setting_that_keeps_the_entropy_is_chosen(headline: Any) -> None:
+def figures(system: SystemGrid) -> list[dict[str, Any]]:
+    """Rows of a made-up world: more calls and colder tokens are likelier; colder tokens are of less entropy.
+
+    A sketch saves nine tenths of the calls; the student is as good as the teacher from two steps on; MAUVE is lost when
+    collapsed.
+    """
+    found = []
+    for temperature in system.temperature:
+        for calls in system.num_steps:
+            entropy = 2.0 + 0.8 * temperature
+            worth = calls * (1 if system.algorithm == "base" else 10)
+            judge_nll = 3.0 - 0.3 * math.log2(worth) + temperature
+            judge_nll += 0.5 * (system.prior_network == "student" and system.prior_steps == 1)
+            found.append(
+                asdict(system)
+                | {"num_steps": calls, "temperature": temperature, "demasker_calls": calls}
+                | {"nfe": calls + 0.5 * (system.prior_steps or 0), "judge_nll": judge_nll, "entropy": entropy}
+                | {"mauve": 0.9 if entropy > 2.4 else 0.1, "seed": 100}
+            )
+    return found
+
+
+def test_settings_are_chosen_for_the_base_as_for_the_sketch(tuning: Any) -> None:
+    data = {"algorithm": "data", "entropy": 2.8, "num_steps": 0}
+    grids = tuning.Grids(
+        base=(SystemGrid("base", [64, 32, 8], "random", [0.5, 0.8, 1.0]),),
+        sketched=(
+            SystemGrid("conthendisc", [8, 6, 4, 2], "random", [0.5, 0.8]),
+            SystemGrid("conwithindisc", [2], "random", [0.8]),
+        ),
+    )
+    tuned = tuning.tune(grids, lambda name, systems: [data, *(row for grid in systems for row in figures(grid))])
+    assert tuned.floor == pytest.approx(2.6)
+    best = tuned.choices["tuned"]
+    assert best.reference == SystemGrid("base", [64], "random", [0.8])  # at 0.5 the entropy is 2.4
+    assert best.cheapest["base"] == best.reference  # with 32 calls the judge likes it less
+    sketched = SystemGrid("conthendisc", [8], "random", [0.8], prior_network="student", prior_steps=2)
+    assert best.of("conthendisc") == sketched
+    assert "conwithindisc" not in best.cheapest and best.of("conwithindisc").num_steps == [2]
+    plain = tuned.choices["plain"]
+    assert plain.reference == SystemGrid("base", [64], "random", [1.0])
+    assert plain.cheapest["base"] == best.reference
+    assert plain.of("conthendisc").num_steps == [6]
+    at_8 = [grid for grid in tuned.frontier if grid.algorithm == "base" and grid.num_steps == [8]]
+    assert at_8 == [SystemGrid("base", [8], "random", [0.8])]
+
+
+def test_what_is_measured_is_what_was_chosen(headline: Any, tuning: Any) -> None:
+    reference = SystemGrid("base", [64])
+    sketched = SystemGrid("conthendisc", [4], "random", [0.5], 4, prior_network="student", prior_steps=2)
+    choice = tuning.Choice(reference, {"base": reference, "conthendisc": sketched}, {"conthendisc": sketched})
+    found = headline.measured_settings(tuning.Tuned({"tuned": choice, "plain": choice}, [reference], 2.6))
+    assert found[:2] == [reference, sketched]
+    assert all(grid not in found[:place] for place, grid in enumerate(found))
+    ways = {(grid.prior_network, grid.prior_steps) for grid in found if grid.algorithm == "conthendisc"}
+    assert len(ways) == 9 and {("prior", 32), ("prior", 1), ("student", 4)} <= ways
+    assert found[-1] == SystemGrid("oracle", [4], "random", [0.5], 4)
+
+
+def test_what_the_student_keeps_of_the_gain(headline: Any) -> None:
+    """Over the base's better setting, 3.0 nats, the teacher's best number of steps gains 1.0 and the student 0.9."""
+    grid = SystemGrid("conthendisc", [4], prior_network="student", prior_steps=2)
+    bases = [SystemGrid("base", [4], "random", [1.0]), SystemGrid("base", [4], "p2:1", [1.0])]
+    systems = [(bases[0], 3.5), (bases[1], 3.0), (grid, 2.1)]
+    drawn_by = sys.modules["headline_tuning"].drawn_by
+    systems += [(drawn_by(grid, "prior", steps), 2.0 + 0.1 * place) for place, steps in enumerate((8, 32, 16, 4, 2, 1))]
     rows = [
-        row("data", 0, 0.0, 0.9, 2.8),
-        row("base", 64, 0.5, 0.8, 2.59),  # likelier than any other, and collapsed
-        row("base", 64, 0.9, 1.4, 2.61),
-        row("base", 64, 1.0, 2.0, 2.8),
-        row("base", 8, 0.9, 2.5, 2.5),
-        row("base", 8, 1.0, 3.0, 2.7),
-        row("base", 4, 1.0, 4.0, 2.0),  # nothing keeps it here
-        row("conthendisc", 8, 1.0, 1.9, 2.7),
-        row("conthendisc", 4, 1.0, 2.2, 2.7),
+        asdict(system) | {"num_steps": 4, "temperature": 1.0, "seed": seed, "judge_nll": nats}
+        for system, nats in systems
+        for seed in (1, 0)
     ]
-    assert headline.chosen_settings(rows) == [
-        SystemGrid("base", [64], "random", [0.9]),
-        SystemGrid("base", [8], "random", [1.0]),
-        SystemGrid("conthendisc", [8, 4], "random", [1.0]),
-    ]
-
-
-def test_what_is_measured(headline: Any) -> None:
-    """The base where it is best and untempered everywhere, a sketched system at all of its budgets."""
-    sketched = SystemGrid("conthendisc", [8, 4, 2], "random", [0.5], 4, prior_network="student", prior_steps=2)
-    grids = {"base_grid": (SystemGrid("base", [16, 8]),), "sketch_grid": (replace(sketched, num_steps=[8, 4, 2, 1]),)}
-    effort = replace(headline.Effort(), **grids)
-    chosen = [SystemGrid("base", [16], "p2:1", [1.2]), SystemGrid("base", [8]), sketched]
-    found = headline.measured_systems(effort, chosen)
-    assert found[:3] == [SystemGrid("base", [16, 8]), chosen[0], replace(sketched, num_steps=[8, 4, 2, 1])]
-    ways = {(grid.prior_network, grid.prior_steps) for grid in found[3:-1]}
-    assert all(grid.num_steps == [4] for grid in found[3:-1])
-    assert ("prior", 16) in ways and ("student", 1) in ways and ("student", 2) not in ways
-    assert found[-1].algorithm == "oracle"
+    kept = sys.modules["headline_compare"].kept_gains(rows, [r for r in rows if r["algorithm"] == "base"], grid, grid)
+    assert kept == pytest.approx([0.9, 0.9])
 
 
 def test_large_packages_are_thinned_out_evenly(headline: Any) -> None:
@@ -94,7 +140,9 @@ def test_wheels_become_folders_of_python_files(headline: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_whole_headline_reduced(headline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_headline_reduced(
+    headline: Any, tuning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every stage for a few steps on a part of the standard library, tuned, measured, and nothing done twice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -112,20 +160,29 @@ def test_the_whole_headline_reduced(headline: Any, tmp_path: Path, monkeypatch: 
             "--data.init_args.batch_size=8",
             "--model.init_args.compile=false",
         ),
-        tuning_texts=4,
-        texts=4,
+        grids=tuning.Grids(
+            base=(
+                SystemGrid("base", [4, 2], "random", [1.0, 3.0]),
+                SystemGrid("base", [4], "threshold:0.5", [1.0]),
+            ),
+            sketched=tuple(SystemGrid(name, [2, 1], "random", [1.0, 3.0]) for name in tuning.SKETCHED),
+        ),
+        tuning_texts=8,
+        texts=8,
+        references=8,
         seeds=(0, 1),
         batches=(2,),
-        base_grid=(SystemGrid("base", [4, 2], "random", [1.0, 3.0]),),
-        sketch_grid=tuple(
-            SystemGrid(name, [2, 1], "random", [1.0, 3.0], prior_network="student", prior_steps=1)
-            for name in headline.SKETCHED
-        ),
-        oracle_grid=(SystemGrid("oracle", [2]),),
+        rounds=2,
+        single_texts=1,
     )
-    headline.run(effort, ("train", "tune", "measure"))
-    results = (headline.FOLDER / "headline.json").read_text()
-    assert "conthendisc" in results and '"share"' in results and "seconds_batch_2" in results
-    monkeypatch.setattr(headline.Generation, "measure", pytest.fail)
-    monkeypatch.setattr(headline.Generation, "time", pytest.fail)
-    headline.run(effort, ("train", "tune", "measure"))
+    output = tmp_path / "headline.json"
+    headline.run(effort, ("train", "tune", "measure"), output)
+    found = json.loads(output.read_text())
+    assert {item["reference"] for item in found["comparisons"]} == {"tuned", "plain"}
+    assert all(minutes > 0 for minutes in found["minutes"].values()) and found["minutes"].keys() == set(headline.STAGES)
+    assert {row["algorithm"] for row in found["rows"]} >= {"data", "base", "conthendisc", "conwithindisc", "oracle"}
+    for item in found["comparisons"]:
+        assert item["base"] == item["system"] or item["times_faster"]["batch 2"]["mean"] > 0
+    generation = sys.modules["headline_bench"].Generation
+    monkeypatch.setattr(generation, "measure", pytest.fail)
+    headline.run(effort, ("train", "tune", "measure"), output)

@@ -1,0 +1,104 @@
+"""The headline's trained system and how much of it is measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from headline_tuning import Grids, is_adaptive
+
+from crocodil.data import CanonicalFunctions
+from crocodil.evaluation.judge import Judge
+from crocodil.evaluation.verdict import Row
+from crocodil.experiments import Generation, SystemGrid
+from crocodil.experiments.cells import Ledger, array_fingerprint, fingerprint
+from crocodil.pipeline import CrocodilPipeline, PipelineResult
+
+FOLDER = Path("runs/headline")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured; the defaults are those of docs/results.md.
+
+    Args:
+        overrides: options of `crocodil fit` for every stage.
+        grids: settings that are tried.
+        tuning_texts: texts of a setting that is tried.
+        texts: of a setting that is measured, for each seed.
+        references: held-out texts of MAUVE and the Fréchet distance.
+        seeds: of the measured texts.
+        batches: batch sizes whose wall-clock is measured.
+        rounds: how often, settings in turn.
+        single_texts: texts that are written one at a time, for the share of wall-clock.
+    """
+
+    overrides: tuple[str, ...] = ()
+    grids: Grids = field(default_factory=Grids)
+    tuning_texts: int = 128
+    texts: int = 256
+    references: int = 1024
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    batches: tuple[int, ...] = (1, 8, 32)
+    rounds: int = 5
+    single_texts: int = 32
+
+
+class Bench:
+    """The trained system, its judge and its texts.
+
+    Args:
+        effort: how much is measured.
+        data: the corpus it was trained on.
+    """
+
+    def __init__(self, effort: Effort, data: CanonicalFunctions) -> None:
+        self.effort, self.data = effort, data
+        self.pipeline = CrocodilPipeline.from_pretrained(FOLDER / "pipeline")
+        self.judge = Judge.from_pretrained(FOLDER / "judge-lm", self.pipeline.codec, score_end=True)
+
+    def held_out(self, split: str) -> torch.Tensor:
+        """(2 R, L) int64: texts of a split, from all of its packages; every other one is a reference."""
+        texts = self.data.blocks(split)  # type: ignore[arg-type]
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+        return texts[order[: 2 * self.effort.references]]
+
+    def rows(self, name: str, split: str, systems: Sequence[SystemGrid], **options: Any) -> list[Row]:
+        """The figures of settings; adaptive rules write one text at a time, as a batch waits for its slowest."""
+        found: list[Row] = []
+        texts = self.held_out(split)
+        for batch_size in (None, 1):
+            chosen = [grid for grid in systems if is_adaptive(grid) == (batch_size == 1)]
+            if chosen:
+                table = Generation(self.pipeline, self.judge, texts, chosen, batch_size=batch_size, **options)
+                rows = table.rows(self.ledger(f"{split}-{name}", table))
+                found += [row for row in rows if not found or row["algorithm"] != "data"]
+        return [{key: value for key, value in row.items() if key != "examples"} for row in found]
+
+    def ledger(self, name: str, table: Generation) -> Ledger:
+        """Where the cells of a table are kept; other weights, texts or options have another file."""
+        context = {
+            "system": fingerprint(FOLDER / "pipeline"),
+            "judge": fingerprint(FOLDER / "judge-lm"),
+            "texts": array_fingerprint(table.held_out.numpy()),
+            "options": [table.num_samples, table.batch_size, table.mauve_seeds, table.train is not None],
+        }
+        return Ledger(FOLDER / "cells", name, context)
+
+    def write(self, grid: SystemGrid, num_samples: int, seed: int) -> PipelineResult:
+        """Texts of one setting, all at once."""
+        return self.pipeline(
+            num_samples,
+            algorithm="masked" if grid.algorithm == "base" else grid.algorithm,  # type: ignore[arg-type]
+            num_steps=grid.num_steps[0],
+            seed=seed,
+            batch_size=num_samples,
+            num_registers=grid.num_registers,
+            prior_network=grid.prior_network,
+            prior_steps=grid.prior_steps,
+            refresh_prior_steps=grid.prior_steps,
+            remasking=grid.remasking,
+            temperature=grid.temperature[0],
+            top_p=grid.top_p or 1.0,
+        )

@@ -1,0 +1,193 @@
+"""Settings of the headline, chosen on the validation split: for the base as for the sketched systems.
+
+A reference is the base at one call a token: "tuned", the setting of it that the judge likes best among those that keep
+the data's entropy, and "plain", random order at temperature 1. For each reference the fewest calls are sought at which
+the base itself, ConThenDisc and ConWithinDisc are as good: judge and MAUVE no worse, entropy kept. The sketched systems
+are tuned under the teacher; then the cheapest number of steps of the student is looked for at the same settings.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+from crocodil.evaluation.verdict import ENTROPY_SLACK, Row
+from crocodil.experiments import SystemGrid
+from crocodil.pipeline import PriorNetwork
+
+SKETCHED = ("conthendisc", "conwithindisc")
+ADAPTIVE = ("threshold", "factor")
+TEACHER_STEPS, TEACHER_LADDER = 16, (32, 16, 8, 4, 2, 1)
+STUDENT_STEPS = (1, 2, 4)
+NUM_CANDIDATES = 4
+"""Settings of a sketched system that are tried under the student."""
+
+Measure = Callable[[str, Sequence[SystemGrid]], list[Row]]
+"""The rows of some settings on the validation split, under a name to keep them by."""
+
+
+@dataclass(frozen=True)
+class Grids:
+    """What is tried.
+
+    Args:
+        base: of the plain model; the first budget is one call a token.
+        sketched: of ConThenDisc and ConWithinDisc, without what draws the sketch.
+    """
+
+    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4, 3]))
+    sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3, 2]))
+
+
+def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
+    """Rules, temperatures and nuclei of the base."""
+    return (
+        SystemGrid("base", budgets, "random", [0.6, 0.8, 0.9, 1.0, 1.2, 1.6]),
+        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.95),
+        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
+        SystemGrid("base", budgets, "p2:1", [0.8, 1.0, 1.2, 1.4, 1.6]),
+        SystemGrid("base", budgets, "p2:1", [1.2, 1.4], top_p=0.95),
+        SystemGrid("base", budgets, "low_confidence", [1.0, 1.3, 1.6, 2.0]),
+        *adaptive_grids("base", budgets[0], [1.0, 1.3, 1.6]),
+    )
+
+
+def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
+    """Rules, temperatures and registers of the sketched systems."""
+    rules = (("random", [0.2, 0.4, 0.6, 0.8]), ("p2:1", [0.4, 0.7, 1.0]), ("low_confidence", [0.7, 1.0]))
+    ways = [("conthendisc", registers, rule) for registers in (None, 6, 4) for rule in rules]
+    ways += [("conwithindisc", registers, rule) for registers in (None, 4) for rule in rules[:1]]
+    return tuple(
+        SystemGrid(algorithm, budgets, rule, temperatures, registers)
+        for algorithm, registers, (rule, temperatures) in ways
+    )
+
+
+def adaptive_grids(algorithm: str, most: int, temperatures: list[float]) -> tuple[SystemGrid, ...]:
+    """Rules that commit whatever they are sure of."""
+    rules = ("threshold:0.9", "threshold:0.6", "factor:1", "factor:2")
+    return tuple(SystemGrid(algorithm, [most], rule, temperatures) for rule in rules)
+
+
+def is_adaptive(grid: SystemGrid) -> bool:
+    """Whether the number of calls depends on the text, so that texts must be written one at a time."""
+    return grid.remasking.startswith(ADAPTIVE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one reference.
+
+    Attributes:
+        reference: setting of the base at one call a token.
+        cheapest: for each algorithm, base included, its setting with the fewest calls that is as good on the
+            validation split; absent where none is.
+        closest: for each sketched algorithm the setting that the judge likes best; stands in where `cheapest` has none.
+    """
+
+    reference: SystemGrid
+    cheapest: dict[str, SystemGrid]
+    closest: dict[str, SystemGrid]
+
+    def of(self, algorithm: str) -> SystemGrid:
+        """The setting that speaks for an algorithm."""
+        return self.cheapest.get(algorithm) or self.closest[algorithm]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen.
+
+    Attributes:
+        choices: by the name of the reference.
+        frontier: for each system and budget the setting that the judge likes best among those that keep the entropy.
+        floor: the data's entropy minus `ENTROPY_SLACK`, in nats.
+    """
+
+    choices: dict[str, Choice]
+    frontier: list[SystemGrid]
+    floor: float
+
+
+def tune(grids: Grids, measure: Measure) -> Tuned:
+    """Chooses every setting on the validation split.
+
+    Args:
+        grids: what is tried.
+        measure: takes their figures.
+    """
+    rows = measure("base", grids.base)
+    rows += measure("sketched", [drawn_by(grid, "prior", TEACHER_STEPS) for grid in grids.sketched])
+    floor = fmean(row["entropy"] for row in rows if row["algorithm"] == "data") - ENTROPY_SLACK
+    most = grids.base[0].num_steps[0]
+    bases = [row for row in rows if row["algorithm"] == "base" and not is_adaptive(only(row))]
+    at_most = [row for row in bases if row["num_steps"] == most]
+    plain = next(row for row in at_most if only(row) == SystemGrid("base", [most]))
+    tuned = likeliest(at_most, floor) or plain
+    choices = {name: choose(rows, row, floor, measure) for name, row in (("tuned", tuned), ("plain", plain))}
+    return Tuned(choices, frontier(rows, floor), floor)
+
+
+def choose(rows: Sequence[Row], reference: Row, floor: float, measure: Measure) -> Choice:
+    """The cheapest settings that are as good as a reference."""
+    good = [row for row in rows if is_as_good(row, reference, floor)]
+    cheapest = {"base": only(min((row for row in good if row["algorithm"] == "base"), key=cost))}
+    closest = {}
+    for algorithm in SKETCHED:
+        own = [row for row in rows if row["algorithm"] == algorithm]
+        best = likeliest(own, floor) or min(own, key=judged)
+        closest[algorithm] = drawn_by(only(best), "student", STUDENT_STEPS[-1])
+        candidates = sorted((row for row in good if row["algorithm"] == algorithm), key=cost)[:NUM_CANDIDATES]
+        tried = [drawn_by(only(row), "student", steps) for row in candidates for steps in STUDENT_STEPS]
+        found = [row for row in measure("student", tried) if is_as_good(row, reference, floor)]
+        if found:
+            cheapest[algorithm] = only(min(found, key=cost))
+    return Choice(only(reference), cheapest, closest)
+
+
+def frontier(rows: Sequence[Row], floor: float) -> list[SystemGrid]:
+    """For each system and budget, the likeliest setting that keeps the entropy; sketches drawn by the student."""
+    budgets = {(row["algorithm"], row["num_steps"]): None for row in rows if row["algorithm"] != "data"}
+    found = []
+    for algorithm, num_steps in budgets:
+        at_it = [row for row in rows if (row["algorithm"], row["num_steps"]) == (algorithm, num_steps)]
+        best = likeliest([row for row in at_it if not is_adaptive(only(row))], floor)
+        if best is not None:
+            found.append(only(best) if algorithm == "base" else drawn_by(only(best), "student", 2))
+    return found
+
+
+def is_as_good(row: Row, reference: Row, floor: float) -> bool:
+    """Judge and MAUVE no worse than the reference's, entropy kept; the reference is as good as itself."""
+    if row["algorithm"] == "data":
+        return False
+    is_kept = row["entropy"] >= floor or row is reference
+    return is_kept and row["judge_nll"] <= reference["judge_nll"] and row["mauve"] >= reference["mauve"]
+
+
+def likeliest(rows: Sequence[Row], floor: float) -> Row | None:
+    """The row with the fewest judge nats among those that keep the entropy; None if none does."""
+    return min((row for row in rows if row["entropy"] >= floor), key=judged, default=None)
+
+
+def judged(row: Row) -> float:
+    """Nats per token under the judge."""
+    return row["judge_nll"]
+
+
+def cost(row: Row) -> tuple[float, float]:
+    """Demasker calls, then the cost in all: settings are tuned under the teacher, whose steps the student saves."""
+    if row["prior_network"] == "student":
+        return row["nfe"], row["judge_nll"]
+    return row["demasker_calls"], row["judge_nll"]
+
+
+def only(row: Row) -> SystemGrid:
+    """The one setting of a row."""
+    names = ("num_registers", "top_p", "prior_network", "prior_steps")
+    setting = {name: row[name] for name in names}
+    return SystemGrid(row["algorithm"], [row["num_steps"]], row["remasking"], [row["temperature"]], **setting)
+
+
+def drawn_by(grid: SystemGrid, network: PriorNetwork, steps: int) -> SystemGrid:
+    """The same settings with sketches drawn in another way."""
+    return replace(grid, prior_network=network, prior_steps=steps)
