@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def measured_settings(tuned: Tuned) -> list[SystemGrid]:
         settings += ladder(choice)
     settings += tuned.frontier
     settings += [
-        SystemGrid("oracle", grid.num_steps, grid.remasking, grid.temperature, grid.num_registers)
+        replace(grid, algorithm="oracle", prior_network=None, prior_steps=None)
         for grid in settings
         if grid.algorithm == "conthendisc"
     ]

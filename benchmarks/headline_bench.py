@@ -101,4 +101,5 @@ class Bench:
             remasking=grid.remasking,
             temperature=grid.temperature[0],
             top_p=grid.top_p or 1.0,
+            unmasking_schedule=grid.unmasking_schedule or "linear",
         )

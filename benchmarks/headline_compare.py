@@ -8,10 +8,9 @@ from headline_bench import Bench
 from headline_tuning import STUDENT_STEPS, TEACHER_LADDER, Choice, drawn_by
 
 from crocodil.evaluation.intervals import interval, ratio_interval
-from crocodil.evaluation.verdict import Row
+from crocodil.evaluation.verdict import DRAWING, Row
 from crocodil.experiments import SystemGrid
 
-DRAWING = ("remasking", "temperature", "top_p")
 MEASURES = ("judge_nll", "mauve", "entropy", "parse_rate", "distance")
 
 

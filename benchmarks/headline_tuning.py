@@ -13,6 +13,7 @@ from statistics import fmean
 from crocodil.evaluation.verdict import ENTROPY_SLACK, Row
 from crocodil.experiments import SystemGrid
 from crocodil.pipeline import PriorNetwork
+from crocodil.samplers.unmasking import UnmaskingSchedule
 
 SKETCHED = ("conthendisc", "conwithindisc")
 ADAPTIVE = ("threshold", "factor")
@@ -42,8 +43,9 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and nuclei of the base."""
     return (
         SystemGrid("base", budgets, "random", [0.6, 0.8, 0.9, 1.0, 1.2, 1.6]),
-        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.95),
-        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
+        SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
+        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.95, unmasking_schedule="cosine"),
+        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9, unmasking_schedule="cosine"),
         SystemGrid("base", budgets, "p2:1", [0.8, 1.0, 1.2, 1.4, 1.6]),
         SystemGrid("base", budgets, "p2:1", [1.2, 1.4], top_p=0.95),
         SystemGrid("base", budgets, "low_confidence", [1.0, 1.3, 1.6, 2.0]),
@@ -53,12 +55,17 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
 
 def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and registers of the sketched systems."""
-    rules = (("random", [0.2, 0.4, 0.6, 0.8]), ("p2:1", [0.4, 0.7, 1.0]), ("low_confidence", [0.7, 1.0]))
+    rules: tuple[tuple[str, UnmaskingSchedule | None, list[float]], ...] = (
+        ("random", "cosine", [0.1, 0.3, 0.5, 0.7, 0.9]),
+        ("random", None, [0.3, 0.7]),
+        ("p2:1", None, [0.4, 0.8]),
+        ("low_confidence", None, [0.7, 1.0]),
+    )
     ways = [("conthendisc", registers, rule) for registers in (None, 6, 4) for rule in rules]
     ways += [("conwithindisc", registers, rule) for registers in (None, 4) for rule in rules[:1]]
     return tuple(
-        SystemGrid(algorithm, budgets, rule, temperatures, registers)
-        for algorithm, registers, (rule, temperatures) in ways
+        SystemGrid(algorithm, budgets, rule, temperatures, registers, unmasking_schedule=schedule)
+        for algorithm, registers, (rule, schedule, temperatures) in ways
     )
 
 
@@ -183,7 +190,7 @@ def cost(row: Row) -> tuple[float, float]:
 
 def only(row: Row) -> SystemGrid:
     """The one setting of a row."""
-    names = ("num_registers", "top_p", "prior_network", "prior_steps")
+    names = ("num_registers", "top_p", "unmasking_schedule", "prior_network", "prior_steps")
     setting = {name: row[name] for name in names}
     return SystemGrid(row["algorithm"], [row["num_steps"]], row["remasking"], [row["temperature"]], **setting)
 

@@ -58,6 +58,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, help=f"0 takes the most probable token; {DEFAULT} 0.7")
     parser.add_argument("--top_p", type=float, help="draw from the most probable tokens of this share")
     parser.add_argument("--top_k", type=int, help="draw from this many most probable tokens")
+    parser.add_argument("--unmasking_schedule", help="tokens a step: linear (equal shares) or cosine (few at first)")
     parser.add_argument("--block_size", type=int, help="finish blocks of this many tokens from left to right")
     parser.add_argument("--eos", default="free", help="stop tokens: free, last (after all others) or never")
     parser.add_argument("--early_stop", action="store_true", help="end once every text has its stop token")

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from crocodil.evaluation.intervals import Interval, interval, mean_and_std, ratio_interval
-from crocodil.evaluation.verdict import ENTROPY_SLACK, NAMES, PRIOR, Row, number, setting_words
+from crocodil.evaluation.verdict import DRAWING, ENTROPY_SLACK, NAMES, PRIOR, Row, number, setting_words
 
 HIGHER_IS_BETTER = {"parse_rate", "compile_rate", "mauve", "token_accuracy"}
 QUALITY_NAMES = {
@@ -23,7 +23,7 @@ QUALITY_NAMES = {
     "distance": "Fréchet distance",
 }
 SYSTEMS = ("conthendisc", "conwithindisc")
-CURVE = ("algorithm", "remasking", "temperature", "top_p", "num_registers", *PRIOR, "length")
+CURVE = ("algorithm", *DRAWING, "num_registers", *PRIOR, "length")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Speedup:
         row: Row = {
             "quality": self.quality,
             "base_calls": self.base_calls,
-            **{f"base_{key}": self.base.get(key) for key in ("remasking", "temperature", "top_p")},
+            **{f"base_{key}": self.base.get(key) for key in DRAWING},
             **{key: self.system.get(key) for key in CURVE},
             "calls": self.calls.mean if self.calls else None,
             "reached": f"{self.num_reached} of {self.num_seeds}",

@@ -29,7 +29,9 @@ NAMES = {
 PRIOR = ("prior_network", "prior_steps")
 """What drew the sketch, in how many steps; None for what the whole table does."""
 MISSING = "\N{EN DASH}"
-SETTING = ("algorithm", "remasking", "temperature", "top_p", "num_registers", "num_steps", "length", *PRIOR)
+DRAWING = ("remasking", "temperature", "top_p", "unmasking_schedule")
+"""How tokens are drawn and committed."""
+SETTING = ("algorithm", *DRAWING, "num_registers", "num_steps", "length", *PRIOR)
 CALLS = ("demasker_calls", "prior_calls", "encoder_calls")
 MEASURES = (
     *CALLS,
@@ -66,13 +68,14 @@ def summarise(rows: list[Row]) -> list[Row]:
             item[measure], item[f"{measure}_std"] = mean_and_std([row.get(measure) for row in members])
         summary.append(item)
 
-    def place(row: Row) -> tuple[int, int, str, float, float, float, str, int]:
+    def place(row: Row) -> tuple[int, int, str, float, float, str, float, str, int]:
         return (
             list(NAMES).index(row["algorithm"]),
             -row["num_steps"],
             row["remasking"] or "",
             -(row["temperature"] or 0),
             -(row["top_p"] or 1),
+            row["unmasking_schedule"] or "",
             row["num_registers"] or math.inf,
             row["prior_network"] or "",
             row["prior_steps"] or 0,
@@ -179,6 +182,7 @@ def milliseconds(row: Row) -> str:
 def setting_words(row: Row) -> str:
     """Rule, registers and temperature of a row in words."""
     order = (row["remasking"] or "unknown").replace("_", " ")
+    order = f"{schedule} {order}" if (schedule := row.get("unmasking_schedule")) else order
     registers = f", first {row['num_registers']} registers" if row["num_registers"] is not None else ""
     temperature = f", T = {row['temperature']:g}" if row["temperature"] is not None else ""
     nucleus = f", nucleus {row['top_p']:g}" if row.get("top_p") is not None else ""

@@ -23,6 +23,7 @@ from crocodil.evaluation.python_code import CompileRate, ParseRate, UndefinedNam
 from crocodil.experiments.cells import Ledger, Row, share_of, with_bar
 from crocodil.pipeline import CrocodilPipeline, PipelineResult, PriorNetwork
 from crocodil.ranks import gather_rows, mean_over_items, rank_and_size
+from crocodil.samplers.unmasking import UnmaskingSchedule
 
 NUM_EXAMPLES = 4
 NOTHING = Cost(0.0, 0.0, 0.0, 0.0, {}, {}, {})
@@ -40,6 +41,7 @@ class SystemGrid:
         temperature: of the drawn tokens.
         num_registers: how many registers the demasker reads; None for all.
         top_p: nucleus of the drawn tokens; None for all of them.
+        unmasking_schedule: how many tokens a step commits; None for equal shares.
         prior_network: what draws them, "prior" or "student"; None takes the prior if there is one.
         prior_steps: its steps for each draw; None takes those of the table.
     """
@@ -50,6 +52,7 @@ class SystemGrid:
     temperature: list[float] = field(default_factory=lambda: [1.0])
     num_registers: int | None = None
     top_p: float | None = None
+    unmasking_schedule: UnmaskingSchedule | None = None
     prior_network: PriorNetwork | None = None
     prior_steps: int | None = None
 
@@ -74,6 +77,7 @@ class Setting:
     num_registers: int | None
     length: int
     top_p: float | None = field(default=None, kw_only=True)
+    unmasking_schedule: UnmaskingSchedule | None = field(default=None, kw_only=True)
     prior_network: PriorNetwork | None = field(default=None, kw_only=True)
     prior_steps: int | None = field(default=None, kw_only=True)
 
@@ -174,6 +178,7 @@ class Generation:
                         grid.num_registers,
                         length,
                         top_p=grid.top_p,
+                        unmasking_schedule=grid.unmasking_schedule,
                         prior_network=grid.prior_network,
                         prior_steps=grid.prior_steps,
                     )
@@ -282,6 +287,7 @@ class Generation:
                 remasking=cell.remasking,
                 temperature=cell.temperature,
                 top_p=cell.top_p or 1.0,
+                unmasking_schedule=cell.unmasking_schedule or "linear",
             )
         return self._sample(cell, len(share), self.batch_size, cell.seed, share.start)
 
@@ -303,6 +309,7 @@ class Generation:
             remasking=setting.remasking,
             temperature=setting.temperature,
             top_p=setting.top_p or 1.0,
+            unmasking_schedule=setting.unmasking_schedule or "linear",
         )
 
     def time(self, cell: TimingCell) -> Row:

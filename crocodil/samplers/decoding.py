@@ -122,7 +122,7 @@ class Decoding:
     def _plan_block(self, block: int, num_steps: int) -> list[Step]:
         positions, is_open = self.canvas.block(block, self.block_size)
         order = self._order.gather(1, positions).masked_fill(~is_open, 2.0)
-        quotas = self.rule.quotas(is_open.sum(1), num_steps, order)
+        quotas = self.rule.quotas(is_open.sum(1), num_steps, order, self.sampler.unmasking_schedule)
         num_left = quotas.flip(0).cumsum(0).flip(0) - quotas
         most = torch.stack([quotas, quotas + num_left]).amax(2).tolist()
         most_committed, most_open = most

@@ -11,7 +11,7 @@ from crocodil.samplers.decoding import Decoding
 from crocodil.samplers.drawing import TokenDistribution
 from crocodil.samplers.guidance import GuidedBy
 from crocodil.samplers.protocols import DemaskerLike, ProgressCallback, SampleOutput, StepCallback
-from crocodil.samplers.unmasking import RandomOrder, ReMDM, UnmaskingRule, make_rule
+from crocodil.samplers.unmasking import RandomOrder, ReMDM, UnmaskingRule, UnmaskingSchedule, make_rule
 
 Eos = Literal["free", "last", "never"]
 CacheKind = Literal["none", "prefix", "dual"]
@@ -43,6 +43,7 @@ class MaskedSampler:
             those of all that is before the block; "dual", also those behind it. They are as old as the block's first
             step, which is an approximation.
         static_shapes: ask for logits at a fixed number of positions, so that a compiled demasker is compiled once.
+        unmasking_schedule: how many tokens a step commits, "linear" or "cosine"; see `step_quotas`.
 
     Raises:
         ValueError: if a setting is out of range or settings do not go together.
@@ -62,6 +63,7 @@ class MaskedSampler:
         guided_by: GuidedBy = "latents",
         cache: CacheKind = "none",
         static_shapes: bool = False,
+        unmasking_schedule: UnmaskingSchedule = "linear",
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -69,13 +71,23 @@ class MaskedSampler:
             raise ValueError(f"block_size must be at least 1, or None for one block, got {block_size}")
         if not guidance_scale > 0:
             raise ValueError(f"guidance_scale must be above 0 (1.0 is off), got {guidance_scale}")
-        for name, value, known in (("eos", eos, Eos), ("guided_by", guided_by, GuidedBy), ("cache", cache, CacheKind)):
+        choices = (
+            ("eos", eos, Eos),
+            ("guided_by", guided_by, GuidedBy),
+            ("cache", cache, CacheKind),
+            ("unmasking_schedule", unmasking_schedule, UnmaskingSchedule),
+        )
+        for name, value, known in choices:
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}")
         self.rule = make_rule(remasking) if isinstance(remasking, str) else remasking
         if eos == "last" and isinstance(self.rule, RandomOrder | ReMDM):
             raise ValueError(
                 f"eos='last' needs a rule that compares tokens, but {remasking} does not; give eos='never'"
+            )
+        if unmasking_schedule != "linear" and self.rule.has_own_schedule:
+            raise ValueError(
+                f"unmasking_schedule must be linear under {remasking}, which has a noise schedule of its own"
             )
         if early_stop and self.rule.scope == "block":
             raise ValueError(f"early_stop needs a rule that never masks again, but {remasking} does")
@@ -88,6 +100,7 @@ class MaskedSampler:
         self.guided_by: GuidedBy = guided_by
         self.cache: CacheKind = cache
         self.static_shapes = static_shapes
+        self.unmasking_schedule: UnmaskingSchedule = unmasking_schedule
 
     def sample(
         self,

@@ -12,6 +12,7 @@ from crocodil.diffusion.masking import LinearMasking, MaskingSchedule, posterior
 from crocodil.samplers.drawing import confidence, margin, negative_entropy
 
 Scope = Literal["chosen", "open", "block"]
+UnmaskingSchedule = Literal["linear", "cosine"]
 LINEAR = LinearMasking(eps=0.0)
 
 
@@ -60,24 +61,27 @@ class UnmaskingRule(ABC):
             any; those of all masked ("open") positions of the block; or of the whole "block".
         is_adaptive: it may commit more than its quota, so that fewer steps are made than there could be.
         idles: with more steps than tokens, the steps beyond one for each token do nothing and are left out.
+        has_own_schedule: how many positions a step commits follows from the rule's own noise schedule.
     """
 
     scope: ClassVar[Scope] = "open"
     is_adaptive: ClassVar[bool] = False
     idles: ClassVar[bool] = True
+    has_own_schedule: ClassVar[bool] = False
 
-    def quotas(self, num_open: Tensor, num_steps: int, order: Tensor) -> Tensor:
+    def quotas(self, num_open: Tensor, num_steps: int, order: Tensor, schedule: UnmaskingSchedule = "linear") -> Tensor:
         """How many positions each step commits.
 
         Args:
             num_open: (B,) int64, masked positions of the block.
             num_steps: N.
             order: (B, M) float64, a uniform number for each masked position, the same in all steps; 2 elsewhere.
+            schedule: see `step_quotas`.
 
         Returns:
             (N, B) int64 whose sum over steps is `num_open`.
         """
-        return step_quotas(num_open, num_steps)
+        return step_quotas(num_open, num_steps, schedule)
 
     @abstractmethod
     def choose(self, candidates: Candidates) -> Choice:
@@ -112,9 +116,10 @@ class Ancestral(RandomOrder):
     """
 
     idles: ClassVar[bool] = False
+    has_own_schedule: ClassVar[bool] = True
     noise_schedule: MaskingSchedule = LINEAR
 
-    def quotas(self, num_open: Tensor, num_steps: int, order: Tensor) -> Tensor:
+    def quotas(self, num_open: Tensor, num_steps: int, order: Tensor, schedule: UnmaskingSchedule = "linear") -> Tensor:
         """How many uniform numbers lie between the mask probabilities before and after each step."""
         edges = self.noise_schedule(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)[1:-1]).mask_prob
         step = num_steps - 1 - torch.bucketize(order.clamp(max=1), edges.to(order.device), right=True)
@@ -247,6 +252,7 @@ class ReMDM(UnmaskingRule):
 
     scope: ClassVar[Scope] = "block"
     idles: ClassVar[bool] = False
+    has_own_schedule: ClassVar[bool] = True
     eta: float = 0.02
     strategy: Literal["cap", "rescale"] = "cap"
     noise_schedule: MaskingSchedule = LINEAR
@@ -348,15 +354,22 @@ def rank_scores(scores: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     return ranked, torch.empty_like(order).scatter_(1, order, places)
 
 
-def step_quotas(num_open: Tensor, num_steps: int) -> Tensor:
-    """How many positions each step commits: equal shares, the remainder to the first steps (LLaDA's schedule).
+def step_quotas(num_open: Tensor, num_steps: int, schedule: UnmaskingSchedule = "linear") -> Tensor:
+    """How many positions each step commits.
 
     Args:
         num_open: (B,) int64.
         num_steps: number of steps.
+        schedule: "linear", equal shares, the remainder to the first steps (LLaDA); "cosine", few positions at first,
+            where little is known of the others, and more later: cos(pi i / 2N) of them are left after step i (MaskGIT,
+            arXiv 2202.04200, section 3.3), but each step commits one at least while there are any.
 
     Returns:
         (num_steps, B) int64 whose sum over steps is `num_open`.
     """
     step = torch.arange(num_steps, device=num_open.device)[:, None]
-    return num_open // num_steps + (step < num_open % num_steps)
+    if schedule == "linear":
+        return num_open // num_steps + (step < num_open % num_steps)
+    share = torch.cos(torch.pi / 2 * (step + 1).double() / num_steps)
+    left = torch.minimum((num_open * share).floor().long(), num_open - step - 1).clamp(min=0)
+    return torch.cat([num_open[None], left[:-1]]) - left

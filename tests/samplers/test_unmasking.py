@@ -140,6 +140,31 @@ def test_step_quotas_are_equal_shares_with_the_remainder_first(num_masked: int, 
     assert (quotas.amax(0) - quotas.amin(0) <= 1).all()
 
 
+@pytest.mark.parametrize(("num_masked", "num_steps"), product([0, 1, 5, 8, 13, 64], [1, 3, 5, 8, 20]))
+def test_cosine_quotas_begin_small(num_masked: int, num_steps: int) -> None:
+    """After step i cos(pi i / 2N) of the masks are left, rounded down, or fewer where each step must commit one."""
+    quotas = step_quotas(torch.tensor([num_masked, 2 * num_masked]), num_steps, "cosine")
+    assert quotas.shape == (num_steps, 2) and quotas.dtype == torch.int64 and (quotas >= 0).all()
+    for row, count in enumerate((num_masked, 2 * num_masked)):
+        left = count - quotas[:, row].cumsum(0)
+        assert left[-1] == 0
+        for i in range(1, num_steps + 1):
+            share = math.floor(count * math.cos(math.pi * i / (2 * num_steps)))
+            assert left[i - 1] == max(min(share, count - i), 0)
+
+
+def test_cosine_quotas_of_one_token_a_step_are_the_linear_ones() -> None:
+    num_open = torch.tensor([64, 40])
+    assert torch.equal(step_quotas(num_open, 64, "cosine"), step_quotas(num_open, 64))
+    assert step_quotas(torch.tensor([64]), 5, "cosine").flatten().tolist() == [4, 9, 14, 18, 19]
+
+
+@pytest.mark.parametrize("name", ["ancestral", "remdm_cap", "remdm_rescale"])
+def test_rules_with_a_noise_schedule_take_no_other(name: str) -> None:
+    with pytest.raises(ValueError, match="must be linear under"):
+        MaskedSampler(8, remasking=name, unmasking_schedule="cosine")
+
+
 @each_rule
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
 def test_quotas_add_up_to_the_masks(name: str, num_steps: int) -> None:
