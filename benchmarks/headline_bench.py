@@ -78,8 +78,9 @@ class Bench:
 
     def ledger(self, name: str, table: Generation) -> Ledger:
         """Where the cells of a table are kept; other weights, texts or options have another file."""
+        networks = {"tokenizer"}.union(*map(networks_of, table.systems))
         context = {
-            "system": fingerprint(FOLDER / "pipeline"),
+            "system": {name: fingerprint(FOLDER / "pipeline" / name) for name in sorted(networks)},
             "judge": fingerprint(FOLDER / "judge-lm"),
             "texts": array_fingerprint(table.held_out.numpy()),
             "options": [table.num_samples, table.batch_size, table.mauve_seeds, table.train is not None],
@@ -103,3 +104,11 @@ class Bench:
             top_p=grid.top_p or 1.0,
             unmasking_schedule=grid.unmasking_schedule or "linear",
         )
+
+
+def networks_of(grid: SystemGrid) -> set[str]:
+    """What a system writes with, by the folders of the pipeline."""
+    if grid.algorithm == "base":
+        return {"base"}
+    drawn_by = {"encoder"} if grid.algorithm == "oracle" else {grid.prior_network or "prior"}
+    return {"demasker"} | drawn_by | ({"encoder"} if grid.algorithm == "conwithindisc" else set())
