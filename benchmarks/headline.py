@@ -63,7 +63,7 @@ def tuned_on_validation(bench: Bench) -> Tuned:
     effort, tried = bench.effort, []
 
     def measure(name: str, systems: Sequence[SystemGrid]) -> list[Row]:
-        options = {"num_samples": effort.tuning_texts, "seeds": (VALIDATION_SEED,), "mauve_seeds": (0, 1, 2)}
+        options = {"num_samples": effort.tuning_texts, "seeds": (VALIDATION_SEED,), "mauve_seeds": (0, 1)}
         rows = bench.rows(name, "val", systems, **options)
         tried.extend(rows)
         return rows

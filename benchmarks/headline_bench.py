@@ -36,7 +36,7 @@ class Effort:
 
     overrides: tuple[str, ...] = ()
     grids: Grids = field(default_factory=Grids)
-    tuning_texts: int = 128
+    tuning_texts: int = 96
     texts: int = 256
     references: int = 1024
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)

@@ -35,21 +35,21 @@ class Grids:
         sketched: of ConThenDisc and ConWithinDisc, without what draws the sketch.
     """
 
-    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4, 3]))
-    sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3, 2]))
+    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4]))
+    sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3]))
 
 
 def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
-    """Rules, temperatures and nuclei of the base."""
+    """Rules, temperatures and nuclei of the base; with one token a step both schedules are the same."""
     return (
-        SystemGrid("base", budgets, "random", [0.6, 0.8, 0.9, 1.0, 1.2, 1.6]),
-        SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
-        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.95, unmasking_schedule="cosine"),
-        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9, unmasking_schedule="cosine"),
-        SystemGrid("base", budgets, "p2:1", [0.8, 1.0, 1.2, 1.4, 1.6]),
-        SystemGrid("base", budgets, "p2:1", [1.2, 1.4], top_p=0.95),
-        SystemGrid("base", budgets, "low_confidence", [1.0, 1.3, 1.6, 2.0]),
-        *adaptive_grids("base", budgets[0], [1.0, 1.3, 1.6]),
+        SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2]),
+        SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
+        SystemGrid("base", budgets, "p2:1", [0.8, 1.0, 1.2, 1.4]),
+        SystemGrid("base", budgets, "p2:1", [1.2], top_p=0.95),
+        SystemGrid("base", budgets, "low_confidence", [1.0, 1.5, 2.0]),
+        SystemGrid("base", budgets[1:], "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
+        SystemGrid("base", budgets[1:], "random", [1.0, 1.2], top_p=0.9, unmasking_schedule="cosine"),
+        *adaptive_grids("base", budgets[0], [1.0, 1.3]),
     )
 
 
@@ -57,7 +57,7 @@ def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and registers of the sketched systems."""
     rules: tuple[tuple[str, UnmaskingSchedule | None, list[float]], ...] = (
         ("random", "cosine", [0.1, 0.3, 0.5, 0.7, 0.9]),
-        ("random", None, [0.3, 0.7]),
+        ("random", None, [0.3, 0.6]),
         ("p2:1", None, [0.4, 0.8]),
         ("low_confidence", None, [0.7, 1.0]),
     )

@@ -41,11 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.description = "Writes texts, one JSON object a line: text, token_ids, cost."
-    parser.add_argument(
-        "--pipeline",
-        metavar="DIR",
-        help="folder written by `crocodil export`; default: the small one of the project",
-    )
+    _add_pipeline(parser)
     parser.add_argument("--algorithm", default="conthendisc", help="masked, conthendisc or conwithindisc")
     parser.add_argument("--num_samples", type=int, default=4, help="texts, or texts for each prompt")
     parser.add_argument("--length", type=int, help="tokens to write; default: as many as the model reads")
@@ -77,6 +73,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
     parser.add_argument("--output", metavar="FILE.jsonl", help="default: standard output")
+
+
+def _add_pipeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pipeline", metavar="DIR", help="folder written by `crocodil export`; default: the small one of the project"
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +183,7 @@ def _add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pipeline", required=True, metavar="DIR", help="folder written by `crocodil export`")
+    _add_pipeline(parser)
     parser.add_argument("--length", type=int, help="tokens of a text, as trained; default: all that the model reads")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; auto takes a GPU if there is one")
     parser.add_argument(

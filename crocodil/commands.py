@@ -55,7 +55,7 @@ def sample(
         settings: further arguments of `CrocodilPipeline.__call__`; what is None here is taken from the defaults of the
             pipeline for this algorithm, then from `SAMPLE_DEFAULTS`.
     """
-    pipe = open_pipeline(pipeline or str(shipped_pipeline()), device, output=output, film=film)
+    pipe = open_pipeline(pipeline, device, output=output, film=film)
     given = {name: value for name, value in settings.items() if value is not None}
     settings = SAMPLE_DEFAULTS | pipe.defaults.get(algorithm, {}) | given
     if compile:
@@ -98,11 +98,13 @@ def shipped_pipeline() -> Path:
     return Path(str(files("crocodil_weights")))
 
 
-def open_pipeline(folder: str, device: str, **outputs: str | None) -> CrocodilPipeline:
+def open_pipeline(folder: str | None, device: str, **outputs: str | None) -> CrocodilPipeline:
     """A pipeline on its device, after a look at where the outputs go.
 
+    On the CPU, which computes in it slowly, float16 is widened to float32.
+
     Args:
-        folder: of the pipeline.
+        folder: of the pipeline; None for the one that comes with the project.
         device: "auto" takes a GPU if there is one.
         outputs: the file of each option; None for none.
 
@@ -114,9 +116,12 @@ def open_pipeline(folder: str, device: str, **outputs: str | None) -> CrocodilPi
             check_writable(Path(path).parent)
             if Path(path).is_dir():
                 raise ValueError(f"--{option} must be a file, got the folder {path}")
-    pipeline = CrocodilPipeline.from_pretrained(folder)
+    pipeline = CrocodilPipeline.from_pretrained(folder or shipped_pipeline())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    is_half = next(pipeline.demasker.parameters()).dtype == torch.float16
     try:
-        return pipeline.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        return pipeline.to(device, torch.float32 if is_half and device == "cpu" else None)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"the device {device} cannot be used: {str(error).splitlines()[0]}") from error
 

@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crocodil.cli import run
+from crocodil.commands import open_pipeline
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.trainer_cli import load_callback_plugins, run_trainer
 
@@ -107,6 +108,33 @@ def test_sample_writes_what_the_pipeline_gives(
     assert [row["text"] for row in rows] == result.texts
     assert [row["token_ids"] for row in rows] == result.token_ids.tolist()
     assert all(row["cost"]["nfe"] == result.cost.nfe for row in rows)
+
+
+def test_sample_starts_from_the_defaults_of_the_pipeline(
+    tiny_pipeline: CrocodilPipeline, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"num_steps": 3, "remasking": "random", "temperature": 0.5}
+    parts = tiny_pipeline.networks() | {"codec": tiny_pipeline.codec, "defaults": {"masked": settings}}
+    CrocodilPipeline(**parts).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    for options, changes in (([], {}), (["--num_steps=2", "--top_p=0.9"], {"num_steps": 2, "top_p": 0.9})):
+        run(["sample", f"--pipeline={tmp_path}", "--algorithm=masked", "--num_samples=2", "--length=8", *options])
+        rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        expected = tiny_pipeline(2, 8, "masked", **(settings | changes))  # type: ignore[arg-type]
+        assert [row["token_ids"] for row in rows] == expected.token_ids.tolist()
+
+
+def test_export_in_half_precision(tiny_system: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The file is half as large, and on the CPU its numbers are used as float32."""
+    options = [f"--base={tiny_system.checkpoint('demasker')}"]
+    for dtype in ("float32", "float16"):
+        run(["export", *options, f"--output={tmp_path / dtype}", f"--dtype={dtype}"])
+    sizes = [(tmp_path / dtype / "demasker" / "model.safetensors").stat().st_size for dtype in ("float32", "float16")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+    pipe = open_pipeline(str(tmp_path / "float16"), "cpu")
+    weights = next(pipe.demasker.parameters())
+    assert weights.dtype == torch.float32 and torch.equal(weights, weights.half().float())
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got 'int8'"):
+        run(["export", *options, f"--output={tmp_path}", "--dtype=int8"])
 
 
 def test_sample_to_a_file_leaves_standard_output_empty(

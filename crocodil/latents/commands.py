@@ -13,12 +13,19 @@ from crocodil.latents.reading import read_corpus, read_text_option
 
 
 def interpolate(
-    pipeline: str, first: str, second: str, num_points: int, kind: Any, device: str, output: str | None, **settings: Any
+    pipeline: str | None,
+    first: str,
+    second: str,
+    num_points: int,
+    kind: Any,
+    device: str,
+    output: str | None,
+    **settings: Any,
 ) -> None:
     """Writes the texts between two texts' latents.
 
     Args:
-        pipeline: folder of a pipeline.
+        pipeline: folder of a pipeline; None for the one that comes with the project.
         first: a text, or "@" and the file that holds it.
         second: likewise.
         num_points: see `tools.interpolate`.
@@ -39,7 +46,13 @@ def interpolate(
 
 
 def registers(
-    pipeline: str, text: str, other: str | None, device: str, output: str | None, length: int | None, **settings: Any
+    pipeline: str | None,
+    text: str,
+    other: str | None,
+    device: str,
+    output: str | None,
+    length: int | None,
+    **settings: Any,
 ) -> None:
     """Writes what each register of a text holds; arguments as those of `interpolate` and `tools`."""
     pipe = open_pipeline(pipeline, device, output=output)
@@ -65,7 +78,7 @@ def registers(
 
 
 def neighbours(
-    pipeline: str,
+    pipeline: str | None,
     text: str,
     corpus: str,
     pattern: str,
