@@ -39,7 +39,7 @@ class Effort:
     tuning_texts: int = 96
     texts: int = 256
     references: int = 1024
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)
     batches: tuple[int, ...] = (1, 8, 32)
     rounds: int = 5
     single_texts: int = 32

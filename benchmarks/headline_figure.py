@@ -16,7 +16,12 @@ from crocodil.evaluation.figures import INK, LINES, PALETTE
 Row = dict[str, Any]
 SYSTEMS = ("base", "conthendisc", "conwithindisc", "oracle")
 PANELS = {"judge_nll": "judge, nats a token", "mauve": "MAUVE", "parse_rate": "share that parses"}
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "crocodil"}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "crocodil",
+}
 
 
 def best_by_calls(rows: list[Row], algorithm: str, floor: float) -> list[Row]:

@@ -35,7 +35,7 @@ class Grids:
         sketched: of ConThenDisc and ConWithinDisc, without what draws the sketch.
     """
 
-    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4]))
+    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5]))
     sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3]))
 
 
@@ -44,8 +44,8 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     return (
         SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2]),
         SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
-        SystemGrid("base", budgets, "p2:1", [0.8, 1.0, 1.2, 1.4]),
-        SystemGrid("base", budgets, "p2:1", [1.2], top_p=0.95),
+        SystemGrid("base", budgets, "p2:1", [1.0, 1.2, 1.4, 1.6, 1.8]),
+        SystemGrid("base", budgets, "p2:1", [1.6], top_p=0.95),
         SystemGrid("base", budgets, "low_confidence", [1.0, 1.5, 2.0]),
         SystemGrid("base", budgets[1:], "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
         SystemGrid("base", budgets[1:], "random", [1.0, 1.2], top_p=0.9, unmasking_schedule="cosine"),
@@ -56,13 +56,12 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
 def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and registers of the sketched systems."""
     rules: tuple[tuple[str, UnmaskingSchedule | None, list[float]], ...] = (
-        ("random", "cosine", [0.1, 0.3, 0.5, 0.7, 0.9]),
-        ("random", None, [0.3, 0.6]),
-        ("p2:1", None, [0.4, 0.8]),
-        ("low_confidence", None, [0.7, 1.0]),
+        ("random", "cosine", [0.1, 0.3, 0.5, 0.7]),
+        ("random", None, [0.3]),
+        ("p2:1", None, [0.4]),
     )
-    ways = [("conthendisc", registers, rule) for registers in (None, 6, 4) for rule in rules]
-    ways += [("conwithindisc", registers, rule) for registers in (None, 4) for rule in rules[:1]]
+    ways = [("conthendisc", registers, rule) for registers in (None, 5, 3) for rule in rules]
+    ways += [("conwithindisc", None, ("random", "cosine", [0.1, 0.5]))]
     return tuple(
         SystemGrid(algorithm, budgets, rule, temperatures, registers, unmasking_schedule=schedule)
         for algorithm, registers, (rule, schedule, temperatures) in ways
