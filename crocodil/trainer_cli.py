@@ -62,6 +62,32 @@ def one_sentence(message: str) -> str:
     return place + "; ".join(dict.fromkeys(text for indent, text in telling if indent == deepest))
 
 
+class CountingTrainer(Trainer):
+    """A Trainer whose options tell a number of batches (an int) from a share of them (a float), 1 from 1.0.
+
+    Lightning writes these types as `Optional[Union[int, float]]`, of which `typing` keeps one object for both orders of
+    int and float. Whichever module asked first decides the order, and with it whether the command line's 1 is read as
+    1.0, all batches. Types with a bar are not kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **options,
+        )
+
+
 class CrocodilCLI(LightningCLI):
     """Stages and DataModules by `class_path`; the vocabulary is linked from the data."""
 
@@ -69,6 +95,7 @@ class CrocodilCLI(LightningCLI):
         super().__init__(
             LightningModule,  # a stage or an evaluation
             BlockDataModule,
+            trainer_class=CountingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,

@@ -293,11 +293,25 @@ def test_a_refusal_of_fit_is_one_line_and_a_status(tiny_system: Any, tmp_path: P
     assert done.stderr.startswith("crocodil: ") and done.stderr.count("\n") == 1 and "no such file" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["sample"], ["export"], ["sample", "--pipeline=x", "--bogus"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["export"], ["sample", "--pipeline=x", "--bogus"]])
 def test_a_wrong_usage_has_a_status(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run(arguments)
     assert stop.value.code == 2 and "usage: crocodil" in capsys.readouterr().err
+
+
+def test_one_batch_is_not_all_batches_whatever_was_imported_before() -> None:
+    """Modules that came before decide which order of int and float `typing` keeps for Lightning's options."""
+    program = """
+import crocodil.commands  # with Lightning's own types, 1 then reads 1.0
+from crocodil.trainer_cli import CountingTrainer, OneSentenceParser
+parser = OneSentenceParser()
+parser.add_lightning_class_args(CountingTrainer, "trainer")
+for text in ("1", "1.0", "8"):
+    print(repr(parser.parse_args([f"--trainer.limit_val_batches={text}"]).trainer.limit_val_batches))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1.0", "8"]
 
 
 def test_a_plug_in_that_cannot_be_imported_only_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
