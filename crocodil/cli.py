@@ -77,7 +77,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 def _add_pipeline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pipeline", metavar="DIR", help="folder written by `crocodil export`; default: the small one of the project"
+        "--pipeline", metavar="DIR", help="folder written by `crocodil export`; default: that of the project, if any"
     )
 
 

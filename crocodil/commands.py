@@ -20,6 +20,7 @@ from crocodil.models.pretrained import named_dtype
 from crocodil.modules.checkpoints import StageCheckpoint, check_autoencoder
 from crocodil.output import check_writable
 from crocodil.pipeline import Algorithm, CrocodilPipeline
+from crocodil.pipeline_folder import is_pipeline
 from crocodil.samplers.latent import LatentProcess
 from crocodil.samplers.mean_flow import StudentProcess
 from crocodil.samplers.protocols import ProgressCallback, StepCallback, StepEvent
@@ -94,8 +95,15 @@ def sample(
 
 
 def shipped_pipeline() -> Path:
-    """The folder of the small system that comes with the project (weights/README.md)."""
-    return Path(str(files("crocodil_weights")))
+    """The folder of the small system that comes with the project.
+
+    Raises:
+        ValueError: if none has been put there yet.
+    """
+    folder = Path(str(files("crocodil_weights")))
+    if not is_pipeline(folder):
+        raise ValueError("this version comes without a trained system: name one with --pipeline")
+    return folder
 
 
 def open_pipeline(folder: str | None, device: str, **outputs: str | None) -> CrocodilPipeline:

@@ -1,1 +1,1 @@
-"""The small system that comes with the project, a pipeline folder; installed as `crocodil_weights`. See README.md."""
+"""Where the small system that comes with the project lies, a pipeline folder; installed as `crocodil_weights`."""
