@@ -32,7 +32,8 @@ from crocodil.experiments import SystemGrid
 from crocodil.trainer_cli import run_trainer
 
 CONFIGS = Path(__file__).parent.parent / "lightning_configs"
-STAGES = ("start", "judge", "demasker", "autoencoder", "prior", "student")
+STAGES = ("start", "judge", "demasker", "base", "autoencoder", "prior", "student")
+ENCODE_BATCH = "--data.init_args.batch_size=64"
 VALIDATION_SEED = 100
 COLUMNS = (
     *("demasker_calls", "nfe", "judge_nll", "mauve", "entropy", "parse_rate", "distance", "distinct_4"),
@@ -46,9 +47,9 @@ def train(effort: Effort) -> None:
     for stage in STAGES:
         config = CONFIGS / f"headline_{stage}.yaml"
         if stage == "prior":
-            encode([str(config)], effort.overrides, str(FOLDER / "latents"))
+            encode([str(config)], [ENCODE_BATCH, *effort.overrides], str(FOLDER / "latents"))
         run_trainer(["fit", f"--config={config}", *effort.overrides])
-    parts = [str(checkpoint(stage)) for stage in ("autoencoder", "prior", "demasker", "student")]
+    parts = [str(checkpoint(stage)) for stage in ("autoencoder", "prior", "base", "student")]
     build_pipeline(*parts).save_pretrained(FOLDER / "pipeline")
     build_judge(str(checkpoint("judge")), score_end=True).save_pretrained(FOLDER / "judge-lm")
 
