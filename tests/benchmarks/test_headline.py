@@ -155,6 +155,7 @@ def test_the_whole_headline_reduced(
     effort = headline.Effort(
         overrides=(
             "--trainer.max_steps=4",
+            "--trainer.log_every_n_steps=1",
             "--trainer.val_check_interval=4",
             "--trainer.limit_val_batches=1",
             "--data.init_args.batch_size=8",
