@@ -1,4 +1,4 @@
-"""How many times faster than the plain model does a sketch write, at equal quality? From packages to docs/results.md.
+"""How many times faster than the plain model does a sketch write, at equal quality? From packages to figures.
 
     python benchmarks/headline.py [train | tune | measure] [--output benchmarks/results/headline.json]
 
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import headline_corpus
@@ -60,7 +61,7 @@ def checkpoint(stage: str) -> Path:
 
 
 def tuned_on_validation(bench: Bench) -> Tuned:
-    """Chooses the settings; what was tried lies in runs/headline/tried."""
+    """Chooses the settings; what was tried lies in runs/headline/results."""
     effort, tried = bench.effort, []
 
     def measure(name: str, systems: Sequence[SystemGrid]) -> list[Row]:
@@ -129,11 +130,11 @@ def measure(bench: Bench, tuned: Tuned) -> dict[str, Any]:
 
 
 def minutes(stage: str) -> float:
-    """Wall-clock of a stage's training, by its own events."""
+    """Minutes a stage trained, by its own step times: a pause between two runs does not count."""
     events = EventAccumulator(str(FOLDER / stage))
     events.Reload()
-    times = [event.wall_time for event in events.Scalars("train_loss")]
-    return (times[-1] - times[0]) / 60
+    steps = events.Scalars("step_seconds")
+    return fmean(event.value for event in steps) * (steps[-1].step + 1) / 60
 
 
 def run(effort: Effort, parts: Sequence[str], output: Path) -> None:
@@ -162,7 +163,7 @@ def run(effort: Effort, parts: Sequence[str], output: Path) -> None:
 
 
 def main() -> None:
-    """Runs the benchmark with the effort of docs/results.md."""
+    """Runs the benchmark with the whole effort."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", nargs="?", choices=("train", "tune", "measure"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/headline.json"))

@@ -20,7 +20,7 @@ FOLDER = Path("runs/headline")
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; the defaults are those of docs/results.md.
+    """How much is measured.
 
     Args:
         overrides: options of `crocodil fit` for every stage.

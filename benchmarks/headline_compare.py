@@ -47,16 +47,16 @@ def rows_of(rows: Sequence[Row], grid: SystemGrid) -> list[Row]:
 
 
 def times_faster(bench: Bench, reference: SystemGrid, grid: SystemGrid) -> Row:
-    """Wall-clock of the reference over that of a setting at each batch size, timed in turn."""
+    """Wall-clock of the reference over a setting's by batch size, timed in turn; a first round does not count."""
     found = {}
     for batch in bench.effort.batches:
-        seconds = {
-            name: [bench.write(setting, batch, seed).cost.seconds for seed in range(1 + bench.effort.rounds)][1:]
-            for name, setting in (("base", reference), ("system", grid))
-        }
-        ratios = [base / own for base, own in zip(seconds["base"], seconds["system"], strict=True)]
-        found[f"batch {batch}"] = asdict(ratio_interval(ratios)) | {
-            f"{name}_ms": 1000 * median(values) / batch for name, values in seconds.items()
+        rounds = [
+            [bench.write(setting, batch, seed).cost.seconds for setting in (reference, grid)]
+            for seed in range(1 + bench.effort.rounds)
+        ][1:]
+        found[f"batch {batch}"] = asdict(ratio_interval([base / own for base, own in rounds])) | {
+            f"{name}_ms": 1000 * median(of_it) / batch
+            for name, of_it in zip(("base", "system"), zip(*rounds, strict=True), strict=True)
         }
     return found
 

@@ -115,11 +115,6 @@ def _write(target: Path, files: Iterable[tuple[str, bytes]]) -> None:
     aside.rename(target)
 
 
-def requirements() -> list[str]:
-    """The pinned packages."""
-    return PACKAGES.read_text().split()
-
-
 def build(output: Path) -> Path:
     """Downloads and unpacks everything.
 
@@ -132,12 +127,10 @@ def build(output: Path) -> Path:
     wheels, packages = output / "wheels", output / "packages"
     for folder in (wheels, packages):
         folder.mkdir(parents=True, exist_ok=True)
-    missing = []
+    missing, wanted = [], PACKAGES.read_text().split()
     with ThreadPoolExecutor(6) as pool:
-        found: Iterator[Path | None] = pool.map(lambda item: download(item, wheels), requirements())
-        for requirement, path in zip(
-            requirements(), with_progress(len(requirements()), found, "Packages"), strict=True
-        ):
+        found: Iterator[Path | None] = pool.map(lambda item: download(item, wheels), wanted)
+        for requirement, path in zip(wanted, with_progress(len(wanted), found, "Packages"), strict=True):
             if path is None:
                 missing.append(requirement)
             else:

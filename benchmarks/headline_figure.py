@@ -1,4 +1,4 @@
-"""The frontier of docs/results.md: quality against cost, from the figures that headline.py wrote.
+"""The frontier of the headline: quality against cost, from the figures that headline.py wrote.
 
 python benchmarks/headline_figure.py [--figures benchmarks/results/headline.json] [--output docs/headline.svg]
 """

@@ -35,7 +35,7 @@ class Grids:
         sketched: of ConThenDisc and ConWithinDisc, without what draws the sketch.
     """
 
-    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5]))
+    base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4, 3]))
     sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3]))
 
 

@@ -26,6 +26,7 @@ def test_the_first_crossing_counts_where_a_curve_falls_back() -> None:
 def test_values_between_points() -> None:
     assert value_at(4.0, CURVE) == pytest.approx(3.0)
     assert value_at(1.0, CURVE) == 4.0 and value_at(64.0, CURVE) == 1.0
+    assert value_at(4.0, [(4, 1.0), (4, 2.0), (8, 3.0)]) == 2.0  # more steps than tokens: as many calls twice
 
 
 @pytest.fixture

@@ -76,13 +76,20 @@ def test_finished_cells_are_not_measured_again(make: Any, tmp_path: Path, monkey
 
 def test_base_texts_are_those_of_the_sampler(make: Any, tiny_pipeline: Any) -> None:
     """Written by the sampler itself, text by text: in exact arithmetic, on the streams of (seed, i)."""
-    cell = GenerationCell("base", 4, "random", 1.0, None, 32, 5)
-    result = make().write(cell)
-    for i in (0, 5):
-        out = MaskedSampler(4, None, "random", 1.0).sample(
-            tiny_pipeline.base, length=32, batch_size=1, generator=RowNoise(torch.tensor([(5 << 32) + i]))
-        )
-        assert torch.equal(result.token_ids[i], out.token_ids[0])
+    for settings in ({}, {"top_p": 0.5}, {"unmasking_schedule": "cosine"}):
+        cell = GenerationCell("base", 4, "random", 1.0, None, 32, 5, **settings)
+        result = make().write(cell)
+        for i in (0, 5):
+            out = MaskedSampler(4, None, "random", 1.0, **settings).sample(
+                tiny_pipeline.base, length=32, batch_size=1, generator=RowNoise(torch.tensor([(5 << 32) + i]))
+            )
+            assert torch.equal(result.token_ids[i], out.token_ids[0])
+
+
+def test_a_grid_hands_all_its_settings_to_its_cells(make: Any) -> None:
+    grid = SystemGrid("conthendisc", [2], "random", [0.5], 2, top_p=0.9, unmasking_schedule="cosine")
+    found = make(systems=[grid], seeds=(3,)).cells[1]
+    assert found == GenerationCell("conthendisc", 2, "random", 0.5, 2, 32, 3, top_p=0.9, unmasking_schedule="cosine")
 
 
 def test_data_is_judged_against_other_data(make: Any, judge: Any) -> None:

@@ -159,6 +159,16 @@ def test_cosine_quotas_of_one_token_a_step_are_the_linear_ones() -> None:
     assert step_quotas(torch.tensor([64]), 5, "cosine").flatten().tolist() == [4, 9, 14, 18, 19]
 
 
+@pytest.mark.parametrize("rule", ["random", "low_confidence", "p2"])
+def test_a_run_commits_what_its_schedule_says(make_demasker: Callable, rule: str) -> None:
+    events: list[StepEvent] = []
+    sampler = MaskedSampler(5, remasking=rule, temperature=1.0, unmasking_schedule="cosine")
+    sampler.sample(make_demasker(), length=20, batch_size=3, on_step=events.append)
+    masked = [(event.token_ids == MASK).sum(1) for event in events]
+    quotas = step_quotas(torch.full((3,), 20), 5, "cosine")
+    assert torch.equal(20 - torch.stack(masked), quotas.cumsum(0))
+
+
 @pytest.mark.parametrize("name", ["ancestral", "remdm_cap", "remdm_rescale"])
 def test_rules_with_a_noise_schedule_take_no_other(name: str) -> None:
     with pytest.raises(ValueError, match="must be linear under"):
