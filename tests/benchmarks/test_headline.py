@@ -154,9 +154,9 @@ def test_the_whole_headline_reduced(
     monkeypatch.setattr(headline.headline_corpus, "build", lambda folder: packages)
     effort = headline.Effort(
         overrides=(
-            "--trainer.max_steps=4",
+            "--trainer.max_steps=12",
             "--trainer.log_every_n_steps=1",
-            "--trainer.val_check_interval=4",
+            "--trainer.val_check_interval=12",
             "--trainer.limit_val_batches=1",
             "--data.init_args.batch_size=8",
             "--model.init_args.compile=false",
