@@ -70,7 +70,10 @@ def tuned_on_validation(bench: Bench) -> Tuned:
         tried.extend(rows)
         return rows
 
-    tuned = tune(effort.grids, measure)
+    def measure_well(name: str, systems: Sequence[SystemGrid]) -> list[Row]:
+        return bench.rows(name, "val", systems, num_samples=effort.finalist_texts, seeds=(VALIDATION_SEED + 1,))
+
+    tuned = tune(effort.grids, measure, measure_well)
     write_tables(FOLDER / "results", "tried", tried, SETTING, COLUMNS, {"num_samples": effort.tuning_texts})
     return tuned
 

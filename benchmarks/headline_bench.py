@@ -26,6 +26,7 @@ class Effort:
         overrides: options of `crocodil fit` for every stage.
         grids: settings that are tried.
         tuning_texts: texts of a setting that is tried.
+        finalist_texts: texts of the best of these, which are measured again.
         texts: of a setting that is measured, for each seed.
         references: held-out texts of MAUVE and the Fréchet distance.
         seeds: of the measured texts.
@@ -37,6 +38,7 @@ class Effort:
     overrides: tuple[str, ...] = ()
     grids: Grids = field(default_factory=Grids)
     tuning_texts: int = 96
+    finalist_texts: int = 384
     texts: int = 256
     references: int = 1024
     seeds: tuple[int, ...] = (0, 1, 2)

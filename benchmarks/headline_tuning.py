@@ -2,8 +2,9 @@
 
 A reference is the base at one call a token: "tuned", the setting of it that the judge likes best among those that keep
 the data's entropy, and "plain", random order at temperature 1. For each reference the fewest calls are sought at which
-the base itself, ConThenDisc and ConWithinDisc are as good: judge and MAUVE no worse, entropy kept. The sketched systems
-are tuned under the teacher; then the cheapest number of steps of the student is looked for at the same settings.
+the base itself, ConThenDisc and ConWithinDisc are as good: judge and MAUVE no worse, entropy kept. Everything is tried
+on few texts, sketches drawn by the teacher. The best of each budget are finalists: these are measured again, on more
+texts and with sketches of the student, as the best of many noisy figures is better than it will be again.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +20,6 @@ SKETCHED = ("conthendisc", "conwithindisc")
 ADAPTIVE = ("threshold", "factor")
 TEACHER_STEPS, TEACHER_LADDER = 16, (32, 16, 8, 4, 2, 1)
 STUDENT_STEPS = (1, 2, 4)
-NUM_CANDIDATES = 4
-"""Settings of a sketched system that are tried under the student."""
 
 Measure = Callable[[str, Sequence[SystemGrid]], list[Row]]
 """The rows of some settings on the validation split, under a name to keep them by."""
@@ -36,7 +35,7 @@ class Grids:
     """
 
     base: tuple[SystemGrid, ...] = field(default_factory=lambda: base_grids([64, 32, 16, 8, 6, 5, 4, 3]))
-    sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3]))
+    sketched: tuple[SystemGrid, ...] = field(default_factory=lambda: sketched_grids([8, 6, 5, 4, 3, 2]))
 
 
 def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
@@ -114,12 +113,13 @@ class Tuned:
     floor: float
 
 
-def tune(grids: Grids, measure: Measure) -> Tuned:
+def tune(grids: Grids, measure: Measure, measure_well: Measure) -> Tuned:
     """Chooses every setting on the validation split.
 
     Args:
         grids: what is tried.
-        measure: takes their figures.
+        measure: takes the figures of all of it.
+        measure_well: takes those of the finalists, on more texts.
     """
     rows = measure("base", grids.base)
     rows += measure("sketched", [drawn_by(grid, "prior", TEACHER_STEPS) for grid in grids.sketched])
@@ -129,36 +129,53 @@ def tune(grids: Grids, measure: Measure) -> Tuned:
     at_most = [row for row in bases if row["num_steps"] == most]
     plain = next(row for row in at_most if only(row) == SystemGrid("base", [most]))
     tuned = likeliest(at_most, floor) or plain
-    choices = {name: choose(rows, row, floor, measure) for name, row in (("tuned", tuned), ("plain", plain))}
+    choices = {name: choose(rows, row, floor, measure_well) for name, row in (("tuned", tuned), ("plain", plain))}
     return Tuned(choices, frontier(rows, floor), floor)
 
 
-def choose(rows: Sequence[Row], reference: Row, floor: float, measure: Measure) -> Choice:
+def choose(rows: Sequence[Row], reference: Row, floor: float, measure_well: Measure) -> Choice:
     """The cheapest settings that are as good as a reference."""
-    good = [row for row in rows if is_as_good(row, reference, floor)]
-    cheapest = {"base": only(min((row for row in good if row["algorithm"] == "base"), key=cost))}
+    candidates = finalists([row for row in rows if is_as_good(row, reference, floor)])
+    found = measure_well("finalists", [only(reference), *(grid for grid in candidates if grid != only(reference))])
+    again = next(row for row in found if row["algorithm"] == "base" and only(row) == only(reference))
+    good = sorted((row for row in found if is_as_good(row, again, floor)), key=cost)
+    cheapest = {row["algorithm"]: only(row) for row in reversed(good)}
     closest = {}
     for algorithm in SKETCHED:
         own = [row for row in rows if row["algorithm"] == algorithm]
-        best = likeliest(own, floor) or min(own, key=judged)
-        closest[algorithm] = drawn_by(only(best), "student", STUDENT_STEPS[-1])
-        candidates = sorted((row for row in good if row["algorithm"] == algorithm), key=cost)[:NUM_CANDIDATES]
-        tried = [drawn_by(only(row), "student", steps) for row in candidates for steps in STUDENT_STEPS]
-        found = [row for row in measure("student", tried) if is_as_good(row, reference, floor)]
-        if found:
-            cheapest[algorithm] = only(min(found, key=cost))
+        closest[algorithm] = drawn_by(only(likeliest(own, floor) or min(own, key=judged)), "student", STUDENT_STEPS[-1])
     return Choice(only(reference), cheapest, closest)
 
 
+def finalists(good: Sequence[Row]) -> list[SystemGrid]:
+    """Of each system and number of calls the likeliest and the one of highest MAUVE; sketches by the student."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in good:
+        groups.setdefault((row["algorithm"], round(row["demasker_calls"])), []).append(row)
+    found: list[SystemGrid] = []
+    for rows in groups.values():
+        for row in (min(rows, key=judged), max(rows, key=lambda row: row["mauve"])):
+            grid = only(row)
+            ways = [grid] if grid.algorithm == "base" else [drawn_by(grid, "student", n) for n in STUDENT_STEPS]
+            found += [way for way in ways if way not in found]
+    return found
+
+
 def frontier(rows: Sequence[Row], floor: float) -> list[SystemGrid]:
-    """For each system and budget, the likeliest setting that keeps the entropy; sketches drawn by the student."""
+    """For each system and budget, the likeliest setting that keeps the entropy; sketches drawn by the student.
+
+    Where no setting of the base keeps it, the likeliest of all: what a sketch gains at equal calls is told against it.
+    """
     budgets = {(row["algorithm"], row["num_steps"]): None for row in rows if row["algorithm"] != "data"}
     found = []
     for algorithm, num_steps in budgets:
         at_it = [row for row in rows if (row["algorithm"], row["num_steps"]) == (algorithm, num_steps)]
-        best = likeliest([row for row in at_it if not is_adaptive(only(row))], floor)
-        if best is not None:
-            found.append(only(best) if algorithm == "base" else drawn_by(only(best), "student", 2))
+        even = [row for row in at_it if not is_adaptive(only(row))]
+        best = likeliest(even, floor)
+        if algorithm == "base":
+            found += [only(best or min(even, key=judged))] if even else []
+        elif best is not None:
+            found.append(drawn_by(only(best), "student", 2))
     return found
 
 
@@ -181,10 +198,8 @@ def judged(row: Row) -> float:
 
 
 def cost(row: Row) -> tuple[float, float]:
-    """Demasker calls, then the cost in all: settings are tuned under the teacher, whose steps the student saves."""
-    if row["prior_network"] == "student":
-        return row["nfe"], row["judge_nll"]
-    return row["demasker_calls"], row["judge_nll"]
+    """The cost of all networks in demasker calls; the likelier of two that cost the same comes first."""
+    return row["nfe"], row["judge_nll"]
 
 
 def only(row: Row) -> SystemGrid:
