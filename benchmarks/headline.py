@@ -18,13 +18,12 @@ from statistics import fmean
 from typing import Any
 
 import headline_corpus
-from headline_bench import FOLDER, Bench, Effort
+from headline_bench import FOLDER, Bench, Effort, headline_data
 from headline_compare import compare, says, students
 from headline_tuning import SKETCHED, STUDENT_STEPS, TEACHER_LADDER, Choice, Tuned, drawn_by, tune
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from crocodil.commands import build_judge, build_pipeline
-from crocodil.data import CanonicalFunctions
 from crocodil.encode import encode
 from crocodil.evaluation.machine import machine
 from crocodil.evaluation.tables import plain_numbers, summary, write_tables
@@ -152,9 +151,7 @@ def run(effort: Effort, parts: Sequence[str], output: Path) -> None:
         train(effort)
     if "tune" not in parts and "measure" not in parts:
         return
-    data = CanonicalFunctions(folder=str(FOLDER / "corpus" / "packages"), split_by="folder", length=64)
-    data.prepare_data()
-    bench = Bench(effort, data)
+    bench = Bench(effort, headline_data())
     tuned = tuned_on_validation(bench)
     if "measure" in parts:
         figures = plain_numbers(measure(bench, tuned))

@@ -9,6 +9,7 @@ import torch
 from headline_tuning import Grids, is_adaptive
 
 from crocodil.data import CanonicalFunctions
+from crocodil.data.corpora import Split
 from crocodil.evaluation.judge import Judge
 from crocodil.evaluation.verdict import Row
 from crocodil.experiments import Generation, SystemGrid
@@ -47,6 +48,26 @@ class Effort:
     single_texts: int = 32
 
 
+def headline_data() -> CanonicalFunctions:
+    """The corpus, prepared."""
+    data = CanonicalFunctions(folder=str(FOLDER / "corpus" / "packages"), split_by="folder", length=64)
+    data.prepare_data()
+    return data
+
+
+def held_out(data: CanonicalFunctions, split: Split, references: int) -> torch.Tensor:
+    """(2 R, L) int64: texts of a split, from all of its packages; every other one is a reference.
+
+    Args:
+        data: the corpus.
+        split: "val" or "test".
+        references: R.
+    """
+    texts = data.blocks(split)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
+    return texts[order[: 2 * references]]
+
+
 class Bench:
     """The trained system, its judge and its texts.
 
@@ -60,16 +81,10 @@ class Bench:
         self.pipeline = CrocodilPipeline.from_pretrained(FOLDER / "pipeline")
         self.judge = Judge.from_pretrained(FOLDER / "judge-lm", self.pipeline.codec, score_end=True)
 
-    def held_out(self, split: str) -> torch.Tensor:
-        """(2 R, L) int64: texts of a split, from all of its packages; every other one is a reference."""
-        texts = self.data.blocks(split)  # type: ignore[arg-type]
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))
-        return texts[order[: 2 * self.effort.references]]
-
-    def rows(self, name: str, split: str, systems: Sequence[SystemGrid], **options: Any) -> list[Row]:
+    def rows(self, name: str, split: Split, systems: Sequence[SystemGrid], **options: Any) -> list[Row]:
         """The figures of settings; adaptive rules write one text at a time, as a batch waits for its slowest."""
         found: list[Row] = []
-        texts = self.held_out(split)
+        texts = held_out(self.data, split, self.effort.references)
         for batch_size in (None, 1):
             chosen = [grid for grid in systems if is_adaptive(grid) == (batch_size == 1)]
             if chosen:

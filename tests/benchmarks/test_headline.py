@@ -19,7 +19,10 @@ from crocodil.experiments import SystemGrid
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-MODULES = ("headline", "headline_corpus", "headline_bench", "headline_compare", "headline_tuning")
+MODULES = (
+    *("headline", "headline_corpus", "headline_bench", "headline_compare", "headline_tuning"),
+    *("headline_ship", "recipe"),
+)
 
 
 @pytest.fixture
@@ -156,6 +159,46 @@ def test_wheels_become_folders_of_python_files(headline: Any, tmp_path: Path) ->
     assert (target / "some/a.py").read_text() == "kept"
 
 
+def test_what_was_compared_becomes_the_default(headline: Any) -> None:
+    import headline_ship
+
+    grids = {
+        "base": SystemGrid("base", [64], "p2:1", [1.6]),
+        "conthendisc": SystemGrid("conthendisc", [5], "random", [0.1], 3, prior_network="student", prior_steps=1),
+        "conwithindisc": SystemGrid("conwithindisc", [6], "random", [0.5], prior_network="student", prior_steps=2),
+    }
+    compared = [
+        {"reference": reference, "algorithm": name, "base": asdict(grids["base"]), "system": asdict(grids[system])}
+        for reference, pick in (("plain", lambda name: "base"), ("tuned", lambda name: name))
+        for name in grids
+        for system in [pick(name)]
+    ]
+    assert headline_ship.defaults({"comparisons": compared}) == {
+        "masked": {"num_steps": 64, "temperature": 1.6, "remasking": "p2:1"},
+        "conthendisc": {
+            **{"num_steps": 5, "temperature": 0.1, "remasking": "random", "num_registers": 3},
+            **{"prior_network": "student", "prior_steps": 1},
+        },
+        "conwithindisc": {
+            **{"num_steps": 6, "temperature": 0.5, "remasking": "random"},
+            **{"prior_network": "student", "prior_steps": 2, "refresh_prior_steps": 2},
+        },
+    }
+
+
+def test_trials_of_one_autoencoder_share_it(headline: Any) -> None:
+    import recipe
+
+    trials = recipe.TRIALS
+    assert recipe.folder_of("autoencoder", trials["d = 10"].autoencoder) == recipe.folder_of("autoencoder", ())
+    folders = [recipe.folder_of("prior", trial.autoencoder + trial.prior) for trial in trials.values()]
+    assert len(set(folders)) == len(trials)
+    assert (
+        recipe.folder_of("prior", ("--a.noise_std=1.0", "--seed_everything=1")).name
+        == "noise_std-1.0_seed_everything-1"
+    )
+
+
 @pytest.mark.slow
 def test_the_whole_headline_reduced(
     headline: Any, tuning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +245,11 @@ def test_the_whole_headline_reduced(
     assert {row["algorithm"] for row in found["rows"]} >= {"data", "base", "conthendisc", "conwithindisc", "oracle"}
     for item in found["comparisons"]:
         assert item["base"] == item["system"] or item["times_faster"]["batch 2"]["mean"] > 0
+    import recipe
+
+    short = ("--trainer.max_steps=6", *effort.overrides[1:])
+    trials = recipe.run(["default", "d = 10"], 4, short)
+    assert {row["trial"] for row in trials["rows"]} == {"default", "d = 10"} and len(trials["rows"]) == 2 * 13
     generation = sys.modules["headline_bench"].Generation
     monkeypatch.setattr(generation, "measure", pytest.fail)
     headline.run(effort, ("train", "tune", "measure"), output)
