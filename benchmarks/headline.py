@@ -85,7 +85,7 @@ def measured_settings(tuned: Tuned) -> list[SystemGrid]:
         settings += ladder(choice)
     settings += tuned.frontier
     settings += [
-        replace(grid, algorithm="oracle", prior_network=None, prior_steps=None)
+        replace(grid, algorithm="oracle", prior_network=None, prior_steps=None, prior_temperature=None)
         for grid in settings
         if grid.algorithm == "conthendisc"
     ]

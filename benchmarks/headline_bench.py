@@ -116,6 +116,7 @@ class Bench:
             prior_network=grid.prior_network,
             prior_steps=grid.prior_steps,
             refresh_prior_steps=grid.prior_steps,
+            prior_temperature=1.0 if grid.prior_temperature is None else grid.prior_temperature,
             remasking=grid.remasking,
             temperature=grid.temperature[0],
             top_p=grid.top_p or 1.0,

@@ -16,7 +16,10 @@ from headline_bench import FOLDER
 from crocodil import CrocodilPipeline
 
 REFERENCE = "tuned"
-KEPT = ("remasking", "num_registers", "top_p", "unmasking_schedule", "prior_network", "prior_steps")
+KEPT = (
+    *("remasking", "num_registers", "top_p", "unmasking_schedule"),
+    *("prior_network", "prior_steps", "prior_temperature"),
+)
 
 
 def defaults(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:

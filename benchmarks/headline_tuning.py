@@ -14,7 +14,6 @@ from statistics import fmean
 from crocodil.evaluation.verdict import ENTROPY_SLACK, Row
 from crocodil.experiments import SystemGrid
 from crocodil.pipeline import PriorNetwork
-from crocodil.samplers.unmasking import UnmaskingSchedule
 
 SKETCHED = ("conthendisc", "conwithindisc")
 ADAPTIVE = ("threshold", "factor")
@@ -43,7 +42,7 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     return (
         SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2]),
         SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
-        SystemGrid("base", budgets, "p2:1", [1.0, 1.2, 1.4, 1.6, 1.8]),
+        SystemGrid("base", budgets, "p2:1", [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4]),
         SystemGrid("base", budgets, "p2:1", [1.6], top_p=0.95),
         SystemGrid("base", budgets, "low_confidence", [1.0, 1.5, 2.0]),
         SystemGrid("base", budgets[1:], "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
@@ -53,18 +52,22 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
 
 
 def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
-    """Rules, temperatures and registers of the sketched systems."""
-    rules: tuple[tuple[str, UnmaskingSchedule | None, list[float]], ...] = (
-        ("random", "cosine", [0.1, 0.3, 0.5, 0.7]),
-        ("random", None, [0.3]),
-        ("p2:1", None, [0.4]),
-    )
-    ways = [("conthendisc", registers, rule) for registers in (None, 5, 3) for rule in rules]
-    ways += [("conwithindisc", None, ("random", "cosine", [0.1, 0.5]))]
-    return tuple(
-        SystemGrid(algorithm, budgets, rule, temperatures, registers, unmasking_schedule=schedule)
-        for algorithm, registers, (rule, schedule, temperatures) in ways
-    )
+    """Rules, temperatures and registers of the sketched systems, and the temperature of the sketch."""
+    grids = [
+        SystemGrid("conthendisc", budgets, "random", [0.1, 0.3], registers, None, "cosine", prior_temperature=heat)
+        for registers in (None, 3)
+        for heat in (None, 0.8, 0.7, 0.6, 0.5)
+    ]
+    grids += [
+        SystemGrid("conthendisc", budgets, rule, [heat], registers, prior_temperature=0.6)
+        for registers in (None, 3)
+        for rule, heat in (("random", 0.3), ("p2:1", 0.4))
+    ]
+    grids += [
+        SystemGrid("conwithindisc", budgets, "random", [0.1], registers, None, "cosine", prior_temperature=heat)
+        for registers, heat in ((None, None), (None, 0.7), (None, 0.5), (3, 0.6))
+    ]
+    return tuple(grids)
 
 
 def adaptive_grids(algorithm: str, most: int, temperatures: list[float]) -> tuple[SystemGrid, ...]:
@@ -204,7 +207,7 @@ def cost(row: Row) -> tuple[float, float]:
 
 def only(row: Row) -> SystemGrid:
     """The one setting of a row."""
-    names = ("num_registers", "top_p", "unmasking_schedule", "prior_network", "prior_steps")
+    names = ("num_registers", "top_p", "unmasking_schedule", "prior_network", "prior_steps", "prior_temperature")
     setting = {name: row[name] for name in names}
     return SystemGrid(row["algorithm"], [row["num_steps"]], row["remasking"], [row["temperature"]], **setting)
 

@@ -67,6 +67,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior_steps", type=int, help="its steps; default: 32 of a prior, 4 of a student")
     parser.add_argument("--refresh_steps", type=int, nargs="+", help="steps before which conwithindisc draws again")
     parser.add_argument("--prior_guidance_scale", type=float, default=1.0, help="of conditional draws; 1.0 is off")
+    parser.add_argument("--prior_temperature", type=float, help=f"below 1 sketches are more alike; {DEFAULT} 1.0")
     parser.add_argument("--compile", action="store_true", help="compile the networks: slow at first, then fast")
     parser.add_argument("--watch", action="store_true", help="show the first text while it is written")
     parser.add_argument("--film", metavar="FILE.html", help="write a page that shows how the first texts came to be")

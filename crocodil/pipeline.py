@@ -142,6 +142,7 @@ class CrocodilPipeline:
         refresh_prior_steps: int | None = None,
         solver: Solver = "dpmpp_2m",
         prior_guidance_scale: float = 1.0,
+        prior_temperature: float = 1.0,
         stop: str | Sequence[str] | None = None,
         batch_size: int = 64,
         progress: ProgressCallback | None = None,
@@ -166,6 +167,7 @@ class CrocodilPipeline:
             refresh_prior_steps: its steps for the later draws; None takes 8 of the prior, 2 of the student.
             solver: see `LatentSampler`; a student has none.
             prior_guidance_scale: of conditional draws of the prior; 1.0 is off. A student has its own in its weights.
+            prior_temperature: of the noise a sketch is drawn from; below 1 sketches are likelier and more alike.
             stop: texts are cut before the first of these strings behind the prompt.
             batch_size: texts written at once.
             progress: called as `progress(network, done, total)` over all batches.
@@ -184,11 +186,18 @@ class CrocodilPipeline:
         length = self._checked_length(length, max(map(len, prompt_ids)))
         self.check_networks(algorithm, num_registers, prior_network)
         stopwatch = Stopwatch(self.device)
+        registers = partial(
+            self.latent_sampler,
+            prior_network=prior_network,
+            solver=solver,
+            guidance_scale=prior_guidance_scale,
+            temperature=prior_temperature,
+        )
         draw = self.bound_sampler(
             algorithm,
             masked_sampler(num_steps, static_shapes=self.is_compiled, **sampler),
-            self.latent_sampler(prior_steps, prior_network, solver, prior_guidance_scale),
-            self.latent_sampler(refresh_prior_steps, prior_network, solver, prior_guidance_scale, refresh=True),
+            registers(prior_steps),
+            registers(refresh_prior_steps, refresh=True),
             refresh_steps,
             num_registers,
             stopwatch,
@@ -325,6 +334,7 @@ class CrocodilPipeline:
         prior_network: PriorNetwork | None = None,
         solver: Solver = "dpmpp_2m",
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
         refresh: bool = False,
     ) -> RegisterSampler:
         """What draws the registers.
@@ -334,6 +344,7 @@ class CrocodilPipeline:
             prior_network: likewise.
             solver: likewise.
             guidance_scale: likewise.
+            temperature: likewise.
             refresh: take the usual steps of a later draw.
 
         Raises:
@@ -344,13 +355,13 @@ class CrocodilPipeline:
             raise ValueError(f"prior_network must be {' or '.join(DEFAULT_STEPS)}, got {network!r}")
         num_steps = DEFAULT_STEPS[network][refresh] if num_steps is None else num_steps
         if network == "prior":
-            return self.latent_process.sampler(num_steps, solver, guidance_scale)
+            return self.latent_process.sampler(num_steps, solver, guidance_scale, temperature)
         own = self.student_process.guidance_scale
         if guidance_scale not in (1.0, own):
             raise ValueError(
                 f"prior_guidance_scale must be 1.0 or {own}, which is in the student's weights, got {guidance_scale}"
             )
-        return self.student_process.sampler(num_steps)
+        return self.student_process.sampler(num_steps, temperature=temperature)
 
     def _usual_network(self) -> PriorNetwork:
         return "student" if self.prior is None and self.student is not None else "prior"

@@ -152,6 +152,7 @@ def test_masked_samples_from_the_base(tiny_pipeline: CrocodilPipeline, plain: Cr
         ("demasker", "conthendisc", {"num_registers": 2}),
         ("prior", "conthendisc", {"prior_steps": 2}),
         ("prior", "conthendisc", {"solver": "ddim"}),
+        ("prior", "conthendisc", {"prior_temperature": 0.5}),
         ("prior", "conwithindisc", {"refresh_prior_steps": 4}),
         ("prior", "conwithindisc", {"prior_guidance_scale": 3.0}),
         ("encoder", "conwithindisc", {"refresh_steps": [1]}),

@@ -140,5 +140,5 @@ def test_the_table_names_what_drew_the_sketch(both: CrocodilPipeline, tiny_syste
     assert len(summary) == 4 and all(row["num_seeds"] == 2 for row in summary)
     words = list(results_table(rows).columns[1].cells)
     assert sorted(words)[1:] == ["random", "random student of 1 steps", "random student of 2 steps"]
-    with pytest.raises(ValueError, match="base draws no registers: leave out its prior_network and prior_steps"):
+    with pytest.raises(ValueError, match="base draws no registers: leave out its prior_network, _steps, _temperature"):
         SystemGrid("base", [2], prior_steps=3)

@@ -24,7 +24,7 @@ def test_it_is_small_enough_to_come_along() -> None:
 
 
 def test_a_word_is_enough(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without --pipeline, and with the settings that were chosen for it: one call of the student, few of the demasker."""
+    """Without --pipeline, and with the settings that were chosen for it: few calls of student and demasker."""
     assert not main(["sample", "--num_samples", "2"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 2 and all(line["text"].startswith("def ") for line in lines)

@@ -26,7 +26,7 @@ NAMES = {
     "conwithindisc": "ConWithinDisc",
     "oracle": "Oracle",
 }
-PRIOR = ("prior_network", "prior_steps")
+PRIOR = ("prior_network", "prior_steps", "prior_temperature")
 """What drew the sketch, in how many steps; None for what the whole table does."""
 MISSING = "\N{EN DASH}"
 DRAWING = ("remasking", "temperature", "top_p", "unmasking_schedule")
@@ -68,7 +68,7 @@ def summarise(rows: list[Row]) -> list[Row]:
             item[measure], item[f"{measure}_std"] = mean_and_std([row.get(measure) for row in members])
         summary.append(item)
 
-    def place(row: Row) -> tuple[int, int, str, float, float, str, float, str, int]:
+    def place(row: Row) -> tuple[int, int, str, float, float, str, float, str, int, float]:
         return (
             list(NAMES).index(row["algorithm"]),
             -row["num_steps"],
@@ -79,6 +79,7 @@ def summarise(rows: list[Row]) -> list[Row]:
             row["num_registers"] or math.inf,
             row["prior_network"] or "",
             row["prior_steps"] or 0,
+            -(1 if row["prior_temperature"] is None else row["prior_temperature"]),
         )
 
     return sorted(summary, key=place)
@@ -191,8 +192,11 @@ def setting_words(row: Row) -> str:
 
 def sketch_words(row: Row) -> str:
     """What drew the sketch of a row, in how many steps; empty for what the whole table does."""
-    network, steps = (row.get(key) for key in PRIOR)
-    return f"{network or 'prior'}" + (f" of {steps} steps" if steps else "") if network or steps else ""
+    network, steps, temperature = (row.get(key) for key in PRIOR)
+    if network is None and steps is None and temperature is None:
+        return ""
+    heat = f" at temperature {temperature:g}" if temperature is not None else ""
+    return (network or "prior") + (f" of {steps} steps" if steps else "") + heat
 
 
 def _ratio(row: Row, other: Row, measure: str) -> str:

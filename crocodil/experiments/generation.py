@@ -44,6 +44,7 @@ class SystemGrid:
         unmasking_schedule: how many tokens a step commits; None for equal shares.
         prior_network: what draws them, "prior" or "student"; None takes the prior if there is one.
         prior_steps: its steps for each draw; None takes those of the table.
+        prior_temperature: of the noise they are drawn from; None for 1.
     """
 
     algorithm: str
@@ -55,6 +56,7 @@ class SystemGrid:
     unmasking_schedule: UnmaskingSchedule | None = None
     prior_network: PriorNetwork | None = None
     prior_steps: int | None = None
+    prior_temperature: float | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("base", "conthendisc", "conwithindisc", "oracle"):
@@ -62,8 +64,9 @@ class SystemGrid:
                 f"algorithm must be base, conthendisc, conwithindisc or oracle, got {self.algorithm!r}; data is always "
                 "measured"
             )
-        if self.algorithm in ("base", "oracle") and (self.prior_network or self.prior_steps):
-            raise ValueError(f"{self.algorithm} draws no registers: leave out its prior_network and prior_steps")
+        drawing = (self.prior_network, self.prior_steps, self.prior_temperature)
+        if self.algorithm in ("base", "oracle") and any(setting is not None for setting in drawing):
+            raise ValueError(f"{self.algorithm} draws no registers: leave out its prior_network, _steps, _temperature")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Setting:
     unmasking_schedule: UnmaskingSchedule | None = field(default=None, kw_only=True)
     prior_network: PriorNetwork | None = field(default=None, kw_only=True)
     prior_steps: int | None = field(default=None, kw_only=True)
+    prior_temperature: float | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -181,6 +185,7 @@ class Generation:
                         unmasking_schedule=grid.unmasking_schedule,
                         prior_network=grid.prior_network,
                         prior_steps=grid.prior_steps,
+                        prior_temperature=grid.prior_temperature,
                     )
                     for grid in self.systems
                     for temperature in grid.temperature
@@ -305,6 +310,7 @@ class Generation:
             prior_network=setting.prior_network,
             prior_steps=setting.prior_steps or self.prior_steps,
             refresh_prior_steps=setting.prior_steps or self.refresh_prior_steps,
+            prior_temperature=1.0 if setting.prior_temperature is None else setting.prior_temperature,
             batch_size=batch_size,
             remasking=setting.remasking,
             temperature=setting.temperature,

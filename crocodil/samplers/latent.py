@@ -1,5 +1,6 @@
 """The sampler of the latent prior: from noise to K registers."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -82,6 +83,8 @@ class LatentSampler:
         self_conditioning: feed each step's estimate to the next.
         guidance_scale: classifier-free guidance (arXiv 2207.12598) of a conditional draw, x_none + scale (x_cond -
             x_none); 1.0 is off.
+        temperature: standard deviation of the noise, at least 0; below 1 sketches are likelier and more alike, at 0 all
+            are the same.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -97,6 +100,7 @@ class LatentSampler:
         prediction_type: PredictionType = "x0",
         self_conditioning: bool = True,
         guidance_scale: float = 1.0,
+        temperature: float = 1.0,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"the prior needs num_steps of at least 1, got {num_steps}")
@@ -106,12 +110,14 @@ class LatentSampler:
             raise ValueError(
                 f"prediction_type must be one of {', '.join(get_args(PredictionType))}, got {prediction_type!r}"
             )
+        check_temperature(temperature)
         self.num_steps = num_steps
         self.solver: Solver = solver
         self.noise_schedule = noise_schedule or TangentSchedule()
         self.prediction_type: PredictionType = prediction_type
         self.self_conditioning = self_conditioning
         self.guidance_scale = guidance_scale
+        self.temperature = temperature
 
     @property
     def calls_per_step(self) -> int:
@@ -155,14 +161,14 @@ class LatentSampler:
         times = torch.linspace(1 - eps, eps, self.num_steps + 1, dtype=torch.float64)
         points = [self.noise_schedule(t) for t in times]
         stream = STREAM_LATENTS + draw
-        z = noise.normal(stream, 0, shape)
+        z = self.temperature * noise.normal(stream, 0, shape)
         estimate: Tensor | None = None
         for i in range(self.num_steps):
             previous, estimate = estimate, self._estimate(prior, z, points[i], estimate, condition)
             if i + 1 == self.num_steps:
                 break
             if self.solver == "ancestral":
-                fresh = noise.normal(stream, i + 1, shape)
+                fresh = self.temperature * noise.normal(stream, i + 1, shape)
                 z = ancestral_step(z, estimate, fresh, points[i], points[i + 1])
             elif self.solver == "dpmpp_2m" and previous is not None:
                 z = ddim_step(z, extrapolate(estimate, previous, points[i - 1 : i + 2]), points[i], points[i + 1])
@@ -190,6 +196,12 @@ class LatentSampler:
             return x0(condition)
         unconditional = x0(None)
         return unconditional + self.guidance_scale * (x0(condition) - unconditional)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature of the noise that is negative, infinite or no number, with a ValueError."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"the temperature of a sketch must be a number of at least 0, got {temperature}")
 
 
 def ddim_step(z: Tensor, estimate: Tensor, now: NoiseLevel, after: NoiseLevel) -> Tensor:
@@ -226,8 +238,20 @@ class LatentProcess:
         """Rebuilds what `dataclasses.asdict` made."""
         return cls(**{**settings, "noise_schedule": TangentSchedule(**settings["noise_schedule"])})
 
-    def sampler(self, num_steps: int = 32, solver: Solver = "dpmpp_2m", guidance_scale: float = 1.0) -> LatentSampler:
+    def sampler(
+        self,
+        num_steps: int = 32,
+        solver: Solver = "dpmpp_2m",
+        guidance_scale: float = 1.0,
+        temperature: float = 1.0,
+    ) -> LatentSampler:
         """The sampler of such a prior; arguments as of `LatentSampler`."""
         return LatentSampler(
-            num_steps, solver, self.noise_schedule, self.prediction_type, self.self_conditioning, guidance_scale
+            num_steps,
+            solver,
+            self.noise_schedule,
+            self.prediction_type,
+            self.self_conditioning,
+            guidance_scale,
+            temperature,
         )

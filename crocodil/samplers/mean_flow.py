@@ -9,7 +9,7 @@ from torch import Tensor
 from crocodil.diffusion.gaussian import NoiseLevel, PredictionType, TangentSchedule, to_x0
 from crocodil.diffusion.noise import RowNoise
 from crocodil.samplers.decoding import STREAM_LATENTS
-from crocodil.samplers.latent import ddim_step
+from crocodil.samplers.latent import check_temperature, ddim_step
 from crocodil.samplers.masked import as_row_noise
 from crocodil.samplers.protocols import ProgressCallback
 
@@ -55,9 +55,9 @@ class StudentProcess:
         levels = self.noise_schedule(t).log_snr.clamp(min=self.start_log_snr)
         return torch.where(t <= self.noise_schedule.eps, torch.inf, levels)
 
-    def sampler(self, num_steps: int = 4, gamma: float = 0.0) -> "MeanFlowSampler":
+    def sampler(self, num_steps: int = 4, gamma: float = 0.0, temperature: float = 1.0) -> "MeanFlowSampler":
         """The sampler of such a student; arguments as of `MeanFlowSampler`."""
-        return MeanFlowSampler(num_steps, self, gamma)
+        return MeanFlowSampler(num_steps, self, gamma, temperature)
 
 
 class MeanFlowSampler:
@@ -69,6 +69,7 @@ class MeanFlowSampler:
         gamma: share of the noise that is drawn anew after each jump but the last, in [0, 1] (gamma-sampling, arXiv
             2310.02279): a jump then goes on to sqrt(1 - gamma^2) of the noise, and fresh noise makes up for the rest. 0
             follows the flow, 1 starts from clean latents every time.
+        temperature: see `LatentSampler`.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -76,14 +77,18 @@ class MeanFlowSampler:
 
     network: ClassVar[str] = "student"
 
-    def __init__(self, num_steps: int = 4, process: StudentProcess | None = None, gamma: float = 0.0) -> None:
+    def __init__(
+        self, num_steps: int = 4, process: StudentProcess | None = None, gamma: float = 0.0, temperature: float = 1.0
+    ) -> None:
         if num_steps < 1:
             raise ValueError(f"the student needs num_steps of at least 1, got {num_steps}")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be between 0 and 1, got {gamma}")
+        check_temperature(temperature)
         self.num_steps = num_steps
         self.process = process or StudentProcess()
         self.gamma = gamma
+        self.temperature = temperature
 
     def num_calls(self, conditional: bool) -> int:
         """Network evaluations of one draw; guidance, if any, is in the weights."""
@@ -112,7 +117,7 @@ class MeanFlowSampler:
         # On the CPU, as in `LatentSampler`.
         levels = self.process.log_snrs(torch.linspace(1 - eps, eps, self.num_steps + 1, dtype=torch.float64))
         stream = STREAM_LATENTS + draw
-        z = noise.normal(stream, 0, shape)
+        z = self.temperature * noise.normal(stream, 0, shape)
         for i in range(self.num_steps):
             now, after = NoiseLevel.at(levels[i]), NoiseLevel.at(levels[i + 1])
             end = less_noise(after, self.gamma)
@@ -120,7 +125,7 @@ class MeanFlowSampler:
             output = network(z, log_snr, end_log_snr, condition=condition)
             z = ddim_step(z, to_x0(output, z, now, self.process.prediction_type), now, end)
             if self.gamma and i + 1 < self.num_steps:
-                z = renoise(z, noise.normal(stream, i + 1, shape), end, after)
+                z = renoise(z, self.temperature * noise.normal(stream, i + 1, shape), end, after)
             if progress is not None:
                 progress(self.network, i + 1, self.num_steps)
         return z

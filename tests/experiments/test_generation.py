@@ -87,9 +87,10 @@ def test_base_texts_are_those_of_the_sampler(make: Any, tiny_pipeline: Any) -> N
 
 
 def test_a_grid_hands_all_its_settings_to_its_cells(make: Any) -> None:
-    grid = SystemGrid("conthendisc", [2], "random", [0.5], 2, top_p=0.9, unmasking_schedule="cosine")
+    options: dict[str, Any] = {"top_p": 0.9, "unmasking_schedule": "cosine", "prior_temperature": 0.7}
+    grid = SystemGrid("conthendisc", [2], "random", [0.5], 2, **options)
     found = make(systems=[grid], seeds=(3,)).cells[1]
-    assert found == GenerationCell("conthendisc", 2, "random", 0.5, 2, 32, 3, top_p=0.9, unmasking_schedule="cosine")
+    assert found == GenerationCell("conthendisc", 2, "random", 0.5, 2, 32, 3, **options)
 
 
 def test_data_is_judged_against_other_data(make: Any, judge: Any) -> None:

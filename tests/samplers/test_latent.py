@@ -87,6 +87,31 @@ def test_samples_follow_the_mixture(solver: Solver, d: float) -> None:
     assert samples.var().item() == pytest.approx(VARIANCE + (WEIGHTS * MEANS**2).sum().item(), abs=0.08)
 
 
+class NormalPrior:
+    """The exact E[z_0 | z_t] of registers that are normal with mean 0.5 and standard deviation 0.8."""
+
+    num_registers, latent_dim = 2, 3
+
+    def __call__(self, noisy_latents: Tensor, log_snr: Tensor, **_: Any) -> Tensor:
+        alpha, sigma = (torch.sigmoid(sign * log_snr).sqrt()[:, None, None] for sign in (1, -1))
+        gain = 0.64 * alpha / (0.64 * alpha**2 + sigma**2)
+        return 0.5 + gain * (noisy_latents - alpha * 0.5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_temperature_scales_the_spread_of_a_normal_prior(solver: Solver) -> None:
+    """Its process is linear in the noise: around the same mean each draw deviates by the temperature times as much."""
+
+    def drawn(temperature: float) -> Tensor:
+        sampler = LatentSampler(100, solver, TangentSchedule(d=2.0), self_conditioning=False, temperature=temperature)
+        return sampler.sample(NormalPrior(), batch_size=2000, generator=RowNoise(torch.arange(2000)))
+
+    mean, whole, half = drawn(0.0), drawn(1.0), drawn(0.5)
+    assert mean.std().item() == pytest.approx(0, abs=1e-6) and mean.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert whole.std().item() == pytest.approx(0.8, abs=0.03)
+    torch.testing.assert_close(half - mean, (whole - mean) / 2, atol=1e-4, rtol=1e-4)
+
+
 def three_points(schedule: TangentSchedule) -> list[Any]:
     return [schedule(torch.tensor(t, dtype=torch.float64)) for t in (0.8, 0.65, 0.3)]
 
@@ -271,6 +296,8 @@ def test_progress_counts_the_steps(make_prior: Callable) -> None:
         ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         ({"solver": "heun"}, "solver must be one of ddim, dpmpp_2m, ancestral, got 'heun'"),
         ({"prediction_type": "score"}, "prediction_type must be one of x0, eps, v, got 'score'"),
+        ({"temperature": -0.5}, "temperature of a sketch must be a number of at least 0, got -0.5"),
+        ({"temperature": math.nan}, "temperature of a sketch must be a number of at least 0, got nan"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:

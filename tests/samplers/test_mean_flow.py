@@ -50,6 +50,14 @@ def test_the_exact_flow_gives_the_distribution_in_any_number_of_steps(num_steps:
         assert abs(follows) < 0.7
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.8])
+def test_temperature_scales_the_spread(gamma: float) -> None:
+    process = StudentProcess(TangentSchedule(d=2.0), start_log_snr=-12.0)
+    samples = process.sampler(3, gamma, temperature=0.5).sample(ExactStudent(), batch_size=4000)
+    assert samples.mean().item() == pytest.approx(MEAN, abs=0.05 * DEVIATION)
+    assert samples.std().item() == pytest.approx(0.5 * DEVIATION, rel=0.05)
+
+
 @pytest.mark.parametrize("prediction_type", ["x0", "eps", "v"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 @torch.no_grad()
@@ -119,6 +127,7 @@ def test_latents_depend_on_seed_and_draw_and_not_on_the_batch(gamma: float, make
         ({"num_steps": 0}, "num_steps of at least 1, got 0"),
         ({"gamma": 1.5}, "gamma must be between 0 and 1, got 1.5"),
         ({"gamma": -0.1}, "gamma must be between 0 and 1"),
+        ({"temperature": -0.5}, "temperature of a sketch must be a number of at least 0, got -0.5"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
