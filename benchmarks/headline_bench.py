@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ class Bench:
         """The figures of settings; adaptive rules write one text at a time, as a batch waits for its slowest."""
         found: list[Row] = []
         texts = held_out(self.data, split, self.effort.references)
-        for batch_size in (None, 1):
-            chosen = [grid for grid in systems if is_adaptive(grid) == (batch_size == 1)]
+        for is_base, batch_size in product((True, False), (None, 1)):
+            wanted = (is_base, batch_size == 1)
+            chosen = [grid for grid in systems if (grid.algorithm == "base", is_adaptive(grid)) == wanted]
             if chosen:
                 table = Generation(self.pipeline, self.judge, texts, chosen, batch_size=batch_size, **options)
                 rows = table.rows(self.ledger(f"{split}-{name}", table))

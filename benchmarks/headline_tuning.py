@@ -1,10 +1,11 @@
 """Settings of the headline, chosen on the validation split: for the base as for the sketched systems.
 
 A reference is the base at one call a token: "tuned", the setting of it that the judge likes best among those that keep
-the data's entropy, and "plain", random order at temperature 1. For each reference the fewest calls are sought at which
-the base itself, ConThenDisc and ConWithinDisc are as good: judge and MAUVE no worse, entropy kept. Everything is tried
-on few texts, sketches drawn by the teacher. The best of each budget are finalists: these are measured again, on more
-texts and with sketches of the student, as the best of many noisy figures is better than it will be again.
+the data's entropy; "nearest", the one of these of highest MAUVE; and "plain", random order at temperature 1. For each
+the fewest calls are sought at which the base itself, ConThenDisc and ConWithinDisc are as good: judge and MAUVE no
+worse, entropy kept. Everything is tried on few texts, sketches drawn by the teacher. The best of each budget are
+finalists: these are measured again, on more texts and with sketches of the student, as the best of many noisy figures
+is better than it will be again.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from crocodil.pipeline import PriorNetwork
 SKETCHED = ("conthendisc", "conwithindisc")
 ADAPTIVE = ("threshold", "factor")
 TEACHER_STEPS, TEACHER_LADDER = 16, (32, 16, 8, 4, 2, 1)
-STUDENT_STEPS = (1, 2, 4)
+STUDENT_STEPS, FINALIST_STEPS = (1, 2, 4), (1, 2)
 
 Measure = Callable[[str, Sequence[SystemGrid]], list[Row]]
 """The rows of some settings on the validation split, under a name to keep them by."""
@@ -89,7 +90,8 @@ class Choice:
         reference: setting of the base at one call a token.
         cheapest: for each algorithm, base included, its setting with the fewest calls that is as good on the
             validation split; absent where none is.
-        closest: for each sketched algorithm the setting that the judge likes best; stands in where `cheapest` has none.
+        closest: for each sketched algorithm the setting of highest MAUVE among those the judge likes as much as the
+            reference; stands in where `cheapest` has none.
     """
 
     reference: SystemGrid
@@ -131,8 +133,9 @@ def tune(grids: Grids, measure: Measure, measure_well: Measure) -> Tuned:
     bases = [row for row in rows if row["algorithm"] == "base" and not is_adaptive(only(row))]
     at_most = [row for row in bases if row["num_steps"] == most]
     plain = next(row for row in at_most if only(row) == SystemGrid("base", [most]))
-    tuned = likeliest(at_most, floor) or plain
-    choices = {name: choose(rows, row, floor, measure_well) for name, row in (("tuned", tuned), ("plain", plain))}
+    kept = [row for row in at_most if row["entropy"] >= floor] or [plain]
+    references = {"tuned": min(kept, key=judged), "nearest": max(kept, key=likeness), "plain": plain}
+    choices = {name: choose(rows, reference, floor, measure_well) for name, reference in references.items()}
     return Tuned(choices, frontier(rows, floor), floor)
 
 
@@ -145,9 +148,19 @@ def choose(rows: Sequence[Row], reference: Row, floor: float, measure_well: Meas
     cheapest = {row["algorithm"]: only(row) for row in reversed(good)}
     closest = {}
     for algorithm in SKETCHED:
-        own = [row for row in rows if row["algorithm"] == algorithm]
-        closest[algorithm] = drawn_by(only(likeliest(own, floor) or min(own, key=judged)), "student", STUDENT_STEPS[-1])
+        tried = [row for row in found if row["algorithm"] == algorithm]
+        yardstick = again if tried else reference
+        tried = tried or [row for row in rows if row["algorithm"] == algorithm]
+        grid = close(tried, yardstick, floor)
+        closest[algorithm] = grid if grid.prior_network == "student" else drawn_by(grid, "student", FINALIST_STEPS[0])
     return Choice(only(reference), cheapest, closest)
+
+
+def close(rows: Sequence[Row], reference: Row, floor: float) -> SystemGrid:
+    """The setting of highest MAUVE among those as likely as a reference; the likeliest if none is."""
+    kept = [row for row in rows if row["entropy"] >= floor] or rows
+    likely = [row for row in kept if row["judge_nll"] <= reference["judge_nll"]]
+    return only(max(likely, key=likeness) if likely else min(kept, key=judged))
 
 
 def finalists(good: Sequence[Row]) -> list[SystemGrid]:
@@ -157,9 +170,9 @@ def finalists(good: Sequence[Row]) -> list[SystemGrid]:
         groups.setdefault((row["algorithm"], round(row["demasker_calls"])), []).append(row)
     found: list[SystemGrid] = []
     for rows in groups.values():
-        for row in (min(rows, key=judged), max(rows, key=lambda row: row["mauve"])):
+        for row in (min(rows, key=judged), max(rows, key=likeness)):
             grid = only(row)
-            ways = [grid] if grid.algorithm == "base" else [drawn_by(grid, "student", n) for n in STUDENT_STEPS]
+            ways = [grid] if grid.algorithm == "base" else [drawn_by(grid, "student", n) for n in FINALIST_STEPS]
             found += [way for way in ways if way not in found]
     return found
 
@@ -198,6 +211,11 @@ def likeliest(rows: Sequence[Row], floor: float) -> Row | None:
 def judged(row: Row) -> float:
     """Nats per token under the judge."""
     return row["judge_nll"]
+
+
+def likeness(row: Row) -> float:
+    """MAUVE with the data."""
+    return row["mauve"]
 
 
 def cost(row: Row) -> tuple[float, float]:

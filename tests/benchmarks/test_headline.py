@@ -93,15 +93,32 @@ def test_settings_are_chosen_for_the_base_as_for_the_sketch(tuning: Any) -> None
     assert best.of("conthendisc") == sketched
     assert {(grid.algorithm, *grid.num_steps, grid.prior_steps) for grid in again} == {
         ("base", 64, None),
-        *(("conthendisc", calls, steps) for calls in (12, 8, 6) for steps in (1, 2, 4)),
+        *(("conthendisc", calls, steps) for calls in (12, 8, 6) for steps in (1, 2)),
     }
     assert "conwithindisc" not in best.cheapest and best.of("conwithindisc").num_steps == [2]
+    assert tuned.choices["nearest"].reference == best.reference  # both of its temperatures are as near to the data
     plain = tuned.choices["plain"]
     assert plain.reference == SystemGrid("base", [64], "random", [1.0])
     assert plain.cheapest["base"] == best.reference
     assert plain.of("conthendisc").num_steps == [6]
     at_8 = [grid for grid in tuned.frontier if grid.algorithm == "base" and grid.num_steps == [8]]
     assert at_8 == [SystemGrid("base", [8], "random", [0.8])]
+
+
+def test_the_closest_setting_is_as_likely_and_as_near_as_can_be(tuning: Any) -> None:
+    rows = [
+        asdict(SystemGrid("conthendisc", [calls]))
+        | {"num_steps": calls, "temperature": 1.0, "entropy": entropy}
+        | {"judge_nll": nats, "mauve": mauve}
+        for calls, nats, mauve, entropy in (
+            (2, 1.5, 0.9, 2.8),
+            (3, 1.2, 0.7, 2.8),
+            (4, 1.1, 0.6, 2.8),
+            (5, 0.9, 0.8, 2.0),
+        )
+    ]
+    calls = [tuning.close(rows, {"judge_nll": nats}, 2.6).num_steps for nats in (1.6, 1.2, 1.0)]
+    assert calls == [[2], [3], [4]]
 
 
 def test_what_is_measured_is_what_was_chosen(headline: Any, tuning: Any) -> None:
@@ -240,7 +257,7 @@ def test_the_whole_headline_reduced(
     output = tmp_path / "headline.json"
     headline.run(effort, ("train", "tune", "measure"), output)
     found = json.loads(output.read_text())
-    assert {item["reference"] for item in found["comparisons"]} == {"tuned", "plain"}
+    assert {item["reference"] for item in found["comparisons"]} == {"tuned", "nearest", "plain"}
     assert all(minutes > 0 for minutes in found["minutes"].values()) and found["minutes"].keys() == set(headline.STAGES)
     assert {row["algorithm"] for row in found["rows"]} >= {"data", "base", "conthendisc", "conwithindisc", "oracle"}
     for item in found["comparisons"]:
