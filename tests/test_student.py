@@ -18,6 +18,7 @@ from crocodil.experiments.cells import Ledger
 from crocodil.harness.writer import Writer
 from crocodil.pipeline import CrocodilPipeline
 from crocodil.samplers import ConThenDisc, ConWithinDisc, MaskedSampler
+from crocodil.samplers.mean_flow import MeanFlowSampler
 
 FEW: dict[str, Any] = {"num_steps": 4, "temperature": 1.0}
 PARTS = {"autoencoder": "autoencoder", "prior": "prior", "base": "demasker"}
@@ -122,6 +123,11 @@ def test_the_harness_writes_with_a_student(both: CrocodilPipeline, alone: Crocod
     writer = Writer(both.demasker, both.codec, both.encoder, **settings)
     (written,) = writer.write([[1]], [0], 8, "conthendisc", MaskedSampler(2), prior_steps=2)
     assert written.shape == (8,)
+
+
+def test_the_temperature_of_a_sketch_reaches_the_student(both: CrocodilPipeline) -> None:
+    sampler = both.latent_sampler(2, "student", temperature=0.5)
+    assert isinstance(sampler, MeanFlowSampler) and sampler.temperature == 0.5
 
 
 def test_the_table_names_what_drew_the_sketch(both: CrocodilPipeline, tiny_system: Any, tmp_path: Path) -> None:
