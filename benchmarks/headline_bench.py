@@ -108,22 +108,8 @@ class Bench:
 
     def write(self, grid: SystemGrid, num_samples: int, seed: int) -> PipelineResult:
         """Texts of one setting, all at once."""
-        return self.pipeline(
-            num_samples,
-            algorithm="masked" if grid.algorithm == "base" else grid.algorithm,  # type: ignore[arg-type]
-            num_steps=grid.num_steps[0],
-            seed=seed,
-            batch_size=num_samples,
-            num_registers=grid.num_registers,
-            prior_network=grid.prior_network,
-            prior_steps=grid.prior_steps,
-            refresh_prior_steps=grid.prior_steps,
-            prior_temperature=1.0 if grid.prior_temperature is None else grid.prior_temperature,
-            remasking=grid.remasking,
-            temperature=grid.temperature[0],
-            top_p=grid.top_p or 1.0,
-            unmasking_schedule=grid.unmasking_schedule or "linear",
-        )
+        setting = grid.settings(self.data.length)[0]
+        return self.pipeline(num_samples, seed=seed, batch_size=num_samples, **setting.arguments())
 
 
 def networks_of(grid: SystemGrid) -> set[str]:

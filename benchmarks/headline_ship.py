@@ -14,12 +14,9 @@ import torch
 from headline_bench import FOLDER
 
 from crocodil import CrocodilPipeline
+from crocodil.experiments import SystemGrid
 
 REFERENCE = "tuned"
-KEPT = (
-    *("remasking", "num_registers", "top_p", "unmasking_schedule"),
-    *("prior_network", "prior_steps", "prior_temperature"),
-)
 
 
 def defaults(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -32,11 +29,10 @@ def defaults(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
     grids = {"masked": compared[0]["base"]} | {
         item["algorithm"]: item["system"] for item in compared if item["algorithm"] != "base"
     }
+    settings = {name: SystemGrid(**grid).settings(figures["length"])[0] for name, grid in grids.items()}
     return {
-        algorithm: {"num_steps": grid["num_steps"][0], "temperature": grid["temperature"][0]}
-        | {name: grid[name] for name in KEPT if grid[name] is not None}
-        | ({"refresh_prior_steps": grid["prior_steps"]} if algorithm == "conwithindisc" else {})
-        for algorithm, grid in grids.items()
+        algorithm: {name: value for name, value in setting.arguments().items() if name != "algorithm"}
+        for algorithm, setting in settings.items()
     }
 
 

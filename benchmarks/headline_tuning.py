@@ -43,13 +43,12 @@ class Grids:
 def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and nuclei of the base; with one token a step both schedules are the same."""
     return (
-        SystemGrid("base", budgets, "random", [0.8, 0.9, 1.0, 1.2]),
+        SystemGrid("base", budgets, "random", [0.7, 0.8, 0.9, 1.0, 1.2]),
         SystemGrid("base", budgets, "random", [1.0, 1.2], top_p=0.9),
-        SystemGrid("base", budgets, "p2:1", [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4]),
-        SystemGrid("base", budgets, "p2:1", [1.6], top_p=0.95),
-        SystemGrid("base", budgets, "low_confidence", [1.0, 1.5, 2.0]),
-        SystemGrid("base", budgets[1:], "random", [0.8, 0.9, 1.0, 1.2], unmasking_schedule="cosine"),
-        SystemGrid("base", budgets[1:], "random", [1.0, 1.2], top_p=0.9, unmasking_schedule="cosine"),
+        SystemGrid("base", budgets, "p2:1", [1.2, 1.6, 2.0, 2.4]),
+        SystemGrid("base", budgets, "low_confidence", [1.0, 2.0]),
+        SystemGrid("base", budgets[1:], "random", [0.7, 0.8, 0.9, 1.0], unmasking_schedule="cosine"),
+        SystemGrid("base", budgets[1:], "random", [1.0], top_p=0.9, unmasking_schedule="cosine"),
         *adaptive_grids("base", budgets[0], [1.0, 1.3]),
     )
 
@@ -57,7 +56,7 @@ def base_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
 def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
     """Rules, temperatures and registers of the sketched systems, and the temperature of the sketch."""
     grids = [
-        SystemGrid("conthendisc", budgets, "random", [0.1, 0.3], registers, None, "cosine", prior_temperature=heat)
+        SystemGrid("conthendisc", budgets, "random", [0.1, 0.3, 0.5], registers, None, "cosine", prior_temperature=heat)
         for registers in (None, 3)
         for heat in (None, 0.8, 0.7, 0.6, 0.5)
     ]

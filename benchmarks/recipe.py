@@ -31,7 +31,7 @@ from crocodil.trainer_cli import run_trainer
 
 FOLDER = Path("runs/recipe")
 FEW = 3
-STEPS = {"autoencoder": 600, "prior": 500}
+STEPS = {"autoencoder": 400, "prior": 400}
 SHORT = {
     "autoencoder": (f"--trainer.max_steps={STEPS['autoencoder']}",),
     "prior": (
@@ -71,11 +71,11 @@ TRIALS = {
     "masking": Trial((f"{REGULARISATION}.masking=0.3",)),
     "elbo weight": Trial(("--model.init_args.loss_weight=elbo",)),
     "sigma 1": Trial((f"{REGULARISATION}.noise_std=1.0",)),
+    "sigma 0.4": Trial((f"{REGULARISATION}.noise_std=0.4",)),
+    "K = 8": Trial(("--model.init_args.num_registers=8", "--model.init_args.register_spacing=8")),
     "D = 8": Trial(("--model.init_args.latent_dim=8",)),
-    "K = 4": Trial(("--model.init_args.num_registers=4", "--model.init_args.register_spacing=16")),
-    "d = 10": Trial(prior=("--model.init_args.noise_schedule.d=10",)),
-    "K = 16": Trial(("--model.init_args.num_registers=16", "--model.init_args.register_spacing=4")),
     "D = 32": Trial(("--model.init_args.latent_dim=32",)),
+    "d = 10": Trial(prior=("--model.init_args.noise_schedule.d=10",)),
 }
 
 

@@ -26,8 +26,38 @@ from crocodil.ranks import gather_rows, mean_over_items, rank_and_size
 from crocodil.samplers.unmasking import UnmaskingSchedule
 
 NUM_EXAMPLES = 4
+PASSED_ON = (
+    *("num_steps", "remasking", "temperature", "top_p", "unmasking_schedule"),
+    *("num_registers", "prior_network", "prior_steps", "prior_temperature"),
+)
 NOTHING = Cost(0.0, 0.0, 0.0, 0.0, {}, {}, {})
 """What texts cost that nobody wrote."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of one system; fields as of `SystemGrid`, 0 steps and no rule for "data"."""
+
+    algorithm: str
+    num_steps: int
+    remasking: str | None
+    temperature: float | None
+    num_registers: int | None
+    length: int
+    top_p: float | None = field(default=None, kw_only=True)
+    unmasking_schedule: UnmaskingSchedule | None = field(default=None, kw_only=True)
+    prior_network: PriorNetwork | None = field(default=None, kw_only=True)
+    prior_steps: int | None = field(default=None, kw_only=True)
+    prior_temperature: float | None = field(default=None, kw_only=True)
+
+    def arguments(self) -> dict[str, Any]:
+        """What `CrocodilPipeline` takes to write with it, or to reconstruct; what is None is left to the pipeline."""
+        found = {name: value for name, value in asdict(self).items() if name in PASSED_ON and value is not None}
+        if self.algorithm == "conwithindisc" and self.prior_steps is not None:
+            found["refresh_prior_steps"] = self.prior_steps
+        if self.algorithm != "oracle":
+            found["algorithm"] = "masked" if self.algorithm == "base" else self.algorithm
+        return found
 
 
 @dataclass(frozen=True)
@@ -68,22 +98,14 @@ class SystemGrid:
         if self.algorithm in ("base", "oracle") and any(setting is not None for setting in drawing):
             raise ValueError(f"{self.algorithm} draws no registers: leave out its prior_network, _steps, _temperature")
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of one system; fields as of `SystemGrid`, 0 steps and no rule for "data"."""
-
-    algorithm: str
-    num_steps: int
-    remasking: str | None
-    temperature: float | None
-    num_registers: int | None
-    length: int
-    top_p: float | None = field(default=None, kw_only=True)
-    unmasking_schedule: UnmaskingSchedule | None = field(default=None, kw_only=True)
-    prior_network: PriorNetwork | None = field(default=None, kw_only=True)
-    prior_steps: int | None = field(default=None, kw_only=True)
-    prior_temperature: float | None = field(default=None, kw_only=True)
+    def settings(self, length: int) -> list[Setting]:
+        """Each of its settings, for texts of a length: temperatures in the order given, budgets within."""
+        same = {name: value for name, value in asdict(self).items() if name not in ("num_steps", "temperature")}
+        return [
+            Setting(num_steps=num_steps, temperature=temperature, length=length, **same)
+            for temperature in self.temperature
+            for num_steps in self.num_steps
+        ]
 
 
 @dataclass(frozen=True)
@@ -173,24 +195,7 @@ class Generation:
             for length in self.lengths
             for setting in (
                 Setting("data", 0, None, None, None, length),
-                *(
-                    Setting(
-                        grid.algorithm,
-                        num_steps,
-                        grid.remasking,
-                        temperature,
-                        grid.num_registers,
-                        length,
-                        top_p=grid.top_p,
-                        unmasking_schedule=grid.unmasking_schedule,
-                        prior_network=grid.prior_network,
-                        prior_steps=grid.prior_steps,
-                        prior_temperature=grid.prior_temperature,
-                    )
-                    for grid in self.systems
-                    for temperature in grid.temperature
-                    for num_steps in grid.num_steps
-                ),
+                *(setting for grid in self.systems for setting in grid.settings(length)),
             )
         ]
 
@@ -283,39 +288,22 @@ class Generation:
             if cell.algorithm == "data":
                 return PipelineResult(self._decode(chosen), chosen, NOTHING)
             return self.pipeline.reconstruct(
-                chosen,
-                cell.num_steps,
-                num_registers=cell.num_registers,
-                seed=cell.seed,
-                first_sample=share.start,
-                batch_size=self.batch_size,
-                remasking=cell.remasking,
-                temperature=cell.temperature,
-                top_p=cell.top_p or 1.0,
-                unmasking_schedule=cell.unmasking_schedule or "linear",
+                chosen, seed=cell.seed, first_sample=share.start, batch_size=self.batch_size, **cell.arguments()
             )
         return self._sample(cell, len(share), self.batch_size, cell.seed, share.start)
 
     def _sample(
         self, setting: Setting, num_samples: int, batch_size: int, seed: int = 0, first_sample: int = 0
     ) -> PipelineResult:
+        steps = {"prior_steps": self.prior_steps, "refresh_prior_steps": self.refresh_prior_steps}
+        arguments = steps | setting.arguments()
         return self.pipeline(
             num_samples,
             setting.length,
-            "masked" if setting.algorithm == "base" else setting.algorithm,  # type: ignore[arg-type]
-            setting.num_steps,
             seed=seed,
             first_sample=first_sample,
-            num_registers=setting.num_registers,
-            prior_network=setting.prior_network,
-            prior_steps=setting.prior_steps or self.prior_steps,
-            refresh_prior_steps=setting.prior_steps or self.refresh_prior_steps,
-            prior_temperature=1.0 if setting.prior_temperature is None else setting.prior_temperature,
             batch_size=batch_size,
-            remasking=setting.remasking,
-            temperature=setting.temperature,
-            top_p=setting.top_p or 1.0,
-            unmasking_schedule=setting.unmasking_schedule or "linear",
+            **arguments,
         )
 
     def time(self, cell: TimingCell) -> Row:

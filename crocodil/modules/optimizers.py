@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.overrides import TorchFunctionMode
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -29,6 +31,20 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     if rest:
         groups.append({"params": rest, "matrices": False, "weight_decay": 0.0})
     return groups
+
+
+class InSinglePrecision(TorchFunctionMode):
+    """Ignores `Tensor.bfloat16()`.
+
+    torch's Muon makes its matrices orthogonal in bfloat16. Many processors have no such arithmetic, and take longer for
+    these matrices than for the network itself (docs/log.md).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls the function; `bfloat16` copies instead."""
+        return (torch.clone if func is Tensor.bfloat16 else func)(*args, **(kwargs or {}))
 
 
 class MuonAdamW(Optimizer):
@@ -77,8 +93,13 @@ class MuonAdamW(Optimizer):
         for part in self._parts:
             part.state = self.state
             part.param_groups = self._split()[0 if isinstance(part, Muon) else 1]
-            part.step()
+            with nullcontext() if _is_on_gpu(part) else InSinglePrecision():
+                part.step()
         return loss
+
+
+def _is_on_gpu(optimizer: Optimizer) -> bool:
+    return optimizer.param_groups[0]["params"][0].is_cuda
 
 
 class WarmupCosine(LambdaLR):

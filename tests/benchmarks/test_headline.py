@@ -190,7 +190,7 @@ def test_what_was_compared_becomes_the_default(headline: Any) -> None:
         for name in grids
         for system in [pick(name)]
     ]
-    assert headline_ship.defaults({"comparisons": compared}) == {
+    assert headline_ship.defaults({"comparisons": compared, "length": 64}) == {
         "masked": {"num_steps": 64, "temperature": 1.6, "remasking": "p2:1"},
         "conthendisc": {
             **{"num_steps": 5, "temperature": 0.1, "remasking": "random", "num_registers": 3},

@@ -93,6 +93,23 @@ def test_a_grid_hands_all_its_settings_to_its_cells(make: Any) -> None:
     assert found == GenerationCell("conthendisc", 2, "random", 0.5, 2, 32, 3, **options)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [("conthendisc", {"refresh_prior_steps": 2}), ("conwithindisc", {"refresh_prior_steps": 5})],
+)
+def test_a_cell_is_written_with_all_its_settings(
+    make: Any, algorithm: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"top_p": 0.9, "unmasking_schedule": "cosine", "prior_temperature": 0.5, "prior_steps": 5}
+    table, asked = make(), {}
+    monkeypatch.setattr(type(table.pipeline), "__call__", lambda pipeline, *_, **given: asked.update(given))
+    table.write(GenerationCell(algorithm, 4, "random", 0.7, 2, 32, 1, prior_network="prior", **options))
+    assert asked == {
+        **{"algorithm": algorithm, "num_steps": 4, "remasking": "random", "temperature": 0.7, "num_registers": 2},
+        **{"prior_network": "prior", "seed": 1, "first_sample": 0, "batch_size": 6, **options, **more},
+    }
+
+
 def test_data_is_judged_against_other_data(make: Any, judge: Any) -> None:
     table = make()
     row = table.measure(GenerationCell("data", 0, None, None, None, 32, 0))
