@@ -81,8 +81,8 @@ def measured_settings(tuned: Tuned) -> list[SystemGrid]:
     """Everything that is written with on the test split, each setting once."""
     settings: list[SystemGrid] = []
     for choice in tuned.choices.values():
-        settings += [choice.reference, *choice.cheapest.values(), *choice.closest.values()]
-        settings += ladder(choice)
+        settings += [choice.reference, *choice.cheapest.values(), *(choice.of(algorithm) for algorithm in SKETCHED)]
+    settings += ladder(tuned.choices["tuned"])
     settings += tuned.frontier
     settings += [
         replace(grid, algorithm="oracle", prior_network=None, prior_steps=None, prior_temperature=None)
@@ -126,7 +126,7 @@ def measure(bench: Bench, tuned: Tuned) -> dict[str, Any]:
             for algorithm in ("base", *SKETCHED)
             if algorithm in choice.cheapest or algorithm in choice.closest
         ],
-        "students": [students(bench, rows, name, choice) for name, choice in tuned.choices.items()],
+        "student": students(bench, rows, tuned.choices["tuned"]),
         "rows": summary(rows, SETTING),
     }
 

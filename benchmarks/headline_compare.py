@@ -61,11 +61,11 @@ def times_faster(bench: Bench, reference: SystemGrid, grid: SystemGrid) -> Row:
     return found
 
 
-def students(bench: Bench, rows: Sequence[Row], name: str, choice: Choice) -> Row:
+def students(bench: Bench, rows: Sequence[Row], choice: Choice) -> Row:
     """How much of the teacher's gain over the base at equal calls the student keeps, and its share of the time."""
     grid = choice.of("conthendisc")
     bases = [row for row in rows if row["algorithm"] == "base" and row["num_steps"] == grid.num_steps[0]]
-    found: Row = {"reference": name, "setting": asdict(grid), "kept": {}, "share": {}}
+    found: Row = {"setting": asdict(grid), "kept": {}, "share": {}}
     for steps in STUDENT_STEPS:
         student = drawn_by(grid, "student", steps)
         runs = [bench.write(student, 1, seed).cost for seed in range(1 + bench.effort.single_texts)][1:]
