@@ -32,7 +32,8 @@ class Effort:
         texts: of a setting that is measured, for each seed.
         references: held-out texts of MAUVE and the Fréchet distance.
         seeds: of the measured texts.
-        batches: batch sizes whose wall-clock is measured.
+        timed: systems whose wall-clock is measured.
+        batches: at these batch sizes.
         rounds: how often, settings in turn.
         single_texts: texts that are written one at a time, for the share of wall-clock.
     """
@@ -44,6 +45,7 @@ class Effort:
     texts: int = 256
     references: int = 1024
     seeds: tuple[int, ...] = (0, 1, 2)
+    timed: tuple[str, ...] = ("conthendisc",)
     batches: tuple[int, ...] = (1, 8, 32)
     rounds: int = 5
     single_texts: int = 32

@@ -34,7 +34,7 @@ def compare(bench: Bench, rows: Sequence[Row], name: str, choice: Choice, algori
         "system": asdict(grid),
         "differences": differences,
         "times_fewer": costs,
-        "times_faster": {} if grid == reference else times_faster(bench, reference, grid),
+        "times_faster": times_faster(bench, reference, grid) if algorithm in bench.effort.timed else {},
     }
 
 
