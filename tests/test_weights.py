@@ -33,7 +33,7 @@ def test_it_ships_a_student_in_place_of_the_prior(shipped: CrocodilPipeline) -> 
 
 
 def test_programs_under_a_sketch_parse_more_often_than_chance(shipped: CrocodilPipeline) -> None:
-    """Its defaults; docs/results.md has the share over many texts, of which this bound is about half."""
+    """Its defaults; docs/results.md has the share over many texts, of which this bound is about two thirds."""
     texts = shipped(64, seed=0, **shipped.defaults["conthendisc"]).texts
     assert len(set(texts)) > 56
     assert sum(parses(text) for text in texts) >= 12
