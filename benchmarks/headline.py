@@ -83,7 +83,7 @@ def measured_settings(tuned: Tuned) -> list[SystemGrid]:
     for choice in tuned.choices.values():
         settings += [choice.reference, *choice.cheapest.values(), *(choice.of(algorithm) for algorithm in SKETCHED)]
     settings += ladder(tuned.choices["tuned"])
-    settings += [grid for grid in tuned.frontier if grid.algorithm != "conwithindisc"]  # no budget of it leads
+    settings += tuned.frontier
     settings += [
         replace(grid, algorithm="oracle", prior_network=None, prior_steps=None, prior_temperature=None)
         for grid in settings

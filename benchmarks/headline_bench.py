@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from headline_tuning import Grids, is_adaptive
+from headline_tuning import SKETCHED, Grids, is_adaptive
 
 from crocodil.data import CanonicalFunctions
 from crocodil.data.corpora import Split
@@ -45,7 +45,7 @@ class Effort:
     texts: int = 256
     references: int = 1024
     seeds: tuple[int, ...] = (0, 1, 2)
-    timed: tuple[str, ...] = ("conthendisc",)
+    timed: tuple[str, ...] = SKETCHED
     batches: tuple[int, ...] = (1, 8, 32)
     rounds: int = 5
     single_texts: int = 32

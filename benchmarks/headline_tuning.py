@@ -142,12 +142,11 @@ def tune(grids: Grids, measure: Measure, measure_well: Measure) -> Tuned:
 
 def choose(rows: Sequence[Row], reference: Row, floor: float, measure_well: Measure) -> Choice:
     """The cheapest settings that are as good as a reference."""
-    good = [row for row in rows if is_as_good(row, reference, floor) and row["nfe"] < reference["nfe"]]
-    candidates = finalists(good)
-    found = measure_well("finalists", [only(reference), *candidates])
+    promising = [row for row in rows if is_as_good(row, reference, floor) and row["nfe"] < reference["nfe"]]
+    found = measure_well("finalists", [only(reference), *finalists(promising)])
     again = next(row for row in found if row["algorithm"] == "base" and only(row) == only(reference))
-    good = sorted((row for row in found if is_as_good(row, again, floor)), key=cost)
-    cheapest = {row["algorithm"]: only(row) for row in reversed(good)}
+    confirmed = sorted((row for row in found if is_as_good(row, again, floor)), key=cost, reverse=True)
+    cheapest = {row["algorithm"]: only(row) for row in confirmed}
     closest = {}
     for algorithm in SKETCHED:
         tried = [row for row in found if row["algorithm"] == algorithm]
@@ -165,10 +164,10 @@ def close(rows: Sequence[Row], reference: Row, floor: float) -> SystemGrid:
     return only(max(likely, key=likeness) if likely else min(kept, key=judged))
 
 
-def finalists(good: Sequence[Row]) -> list[SystemGrid]:
+def finalists(promising: Sequence[Row]) -> list[SystemGrid]:
     """Of each system and number of calls the likeliest, the one of highest MAUVE, and one between; by the student."""
     groups: dict[tuple[str, int], list[Row]] = {}
-    for row in good:
+    for row in promising:
         groups.setdefault((row["algorithm"], round(row["demasker_calls"])), []).append(row)
     found: list[SystemGrid] = []
     for rows in groups.values():

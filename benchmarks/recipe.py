@@ -31,7 +31,7 @@ from crocodil.trainer_cli import run_trainer
 
 FOLDER = Path("runs/recipe")
 FEW = 3
-STEPS = {"autoencoder": 400, "prior": 400}
+STEPS = {"autoencoder": 350, "prior": 300}
 SHORT = {
     "autoencoder": (f"--trainer.max_steps={STEPS['autoencoder']}",),
     "prior": (
