@@ -44,7 +44,7 @@ SEEDS = (0, 1)
 COLUMNS = ("judge_nll", "entropy", "parse_rate", "nfe")
 REGULARISATION = "--model.init_args.regularisation"
 SYSTEMS = tuple(
-    SystemGrid(algorithm, [5, 3], "random", [0.1], registers, unmasking_schedule="cosine")
+    SystemGrid(algorithm, [5], "random", [0.1], registers, unmasking_schedule="cosine")
     for algorithm in ("conthendisc", "conwithindisc", "oracle")
     for registers in (None, FEW)
 )
