@@ -102,9 +102,11 @@ class Bench:
         networks = {"tokenizer"}.union(*map(networks_of, table.systems))
         context = {
             "system": {name: fingerprint(FOLDER / "pipeline" / name) for name in sorted(networks)},
+            "processes": (FOLDER / "pipeline" / "crocodil.json").read_text(),
             "judge": fingerprint(FOLDER / "judge-lm"),
             "texts": array_fingerprint(table.held_out.numpy()),
-            "options": [table.num_samples, table.batch_size, table.mauve_seeds, table.train is not None],
+            "train": None if table.train is None else array_fingerprint(self.data.array("train")),
+            "options": [table.num_samples, table.batch_size, table.mauve_seeds],
         }
         return Ledger(FOLDER / "cells", name, context)
 

@@ -4,8 +4,8 @@
 
 Downloads the wheels of `headline_packages.txt` (pinned; 3 GB of disk) from the index that pip is set up with, and
 unpacks their Python files, at most 6 MB a package, evenly spread over its files, so that no generated client library
-outweighs the rest. A package that the index no longer has is named and left out. Started again, it goes on where it
-was.
+outweighs the rest. A package that cannot be had any more is named, with what pip said, and left out. Started again, it
+goes on where it was.
 """
 
 import argparse
@@ -28,8 +28,8 @@ Files = list[tuple[str, int]]
 """Names and bytes."""
 
 
-def download(requirement: str, folder: Path) -> Path | None:
-    """The wheel of one requirement, such as "flask==3.1.0", or None if the index has none.
+def download(requirement: str, folder: Path) -> Path | str:
+    """The wheel of one requirement, such as "flask==3.1.0", or what pip said last if there is none.
 
     Args:
         requirement: name and version.
@@ -41,12 +41,12 @@ def download(requirement: str, folder: Path) -> Path | None:
     def lying_there() -> Path | None:
         return next((path for path in sorted(folder.glob("*.whl")) if path.name.lower().startswith(start)), None)
 
-    if lying_there() is None:
-        options = ("--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder))
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, check=False
-        )
-    return lying_there()
+    if (wheel := lying_there()) is not None:
+        return wheel
+    options = ("--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder))
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    pip = subprocess.run(command, capture_output=True, text=True, check=False)
+    return lying_there() or (pip.stderr.strip().splitlines() or ["pip said nothing"])[-1]
 
 
 def spread(files: Files, max_bytes: int) -> Files:
@@ -123,21 +123,26 @@ def build(output: Path) -> Path:
 
     Returns:
         The folder of packages.
+
+    Raises:
+        RuntimeError: if none of the packages can be downloaded.
     """
     wheels, packages = output / "wheels", output / "packages"
     for folder in (wheels, packages):
         folder.mkdir(parents=True, exist_ok=True)
     missing, wanted = [], PACKAGES.read_text().split()
     with ThreadPoolExecutor(6) as pool:
-        found: Iterator[Path | None] = pool.map(lambda item: download(item, wheels), wanted)
+        found: Iterator[Path | str] = pool.map(lambda item: download(item, wheels), wanted)
         for requirement, path in zip(wanted, with_progress(len(wanted), found, "Packages"), strict=True):
-            if path is None:
-                missing.append(requirement)
-            else:
+            if isinstance(path, Path):
                 unpack(path, packages)
+            else:
+                missing.append(f"{requirement} ({path})")
+    if len(missing) == len(wanted):
+        raise RuntimeError(f"none of the {len(wanted)} packages could be downloaded, the first: {missing[0]}")
     unpack_library(packages)
     if missing:
-        print(f"Not on the index, left out: {', '.join(missing)}.", file=sys.stderr)
+        print(f"Left out, as pip found no wheel: {', '.join(missing)}.", file=sys.stderr)
     return packages
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from headline_compare import entropy_floor
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -37,8 +38,8 @@ def best_by_calls(rows: list[Row], algorithm: str, floor: float) -> list[Row]:
 @rc_context(STYLE)
 def draw(figures: Row) -> Figure:
     """Three panels over the cost in demasker calls; bars are standard deviations over seeds."""
-    rows, floor = figures["rows"], figures["entropy_floor"]
-    data = next(row for row in rows if row["algorithm"] == "data")
+    rows = figures["rows"]
+    data, floor = next(row for row in rows if row["algorithm"] == "data"), entropy_floor(rows)
     figure = Figure(figsize=(10.5, 3.4), layout="constrained")
     for axes, (measure, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for algorithm in SYSTEMS:

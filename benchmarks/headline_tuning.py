@@ -66,8 +66,8 @@ def sketched_grids(budgets: list[int]) -> tuple[SystemGrid, ...]:
         for rule, heat in (("random", 0.3), ("p2:1", 0.4))
     ]
     grids += [
-        SystemGrid("conwithindisc", budgets, "random", [0.1], registers, None, "cosine", prior_temperature=heat)
-        for registers, heat in ((None, None), (None, 0.7), (None, 0.5), (3, 0.6))
+        SystemGrid("conwithindisc", budgets, "random", [0.1, 0.4], registers, None, "cosine", prior_temperature=heat)
+        for registers, heat in ((None, None), (None, 0.7), (None, 0.5), (3, 0.6), (3, 0.7))
     ]
     return tuple(grids)
 
