@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from headline_tuning import SKETCHED, Grids, is_adaptive
 
@@ -93,11 +94,11 @@ class Bench:
             chosen = [grid for grid in systems if (grid.algorithm == "base", is_adaptive(grid)) == wanted]
             if chosen:
                 table = Generation(self.pipeline, self.judge, texts, chosen, batch_size=batch_size, **options)
-                rows = table.rows(self.ledger(f"{split}-{name}", table))
+                rows = table.rows(self.ledger(f"{split}-{name}", table, options.get("train")))
                 found += [row for row in rows if not found or row["algorithm"] != "data"]
         return [{key: value for key, value in row.items() if key != "examples"} for row in found]
 
-    def ledger(self, name: str, table: Generation) -> Ledger:
+    def ledger(self, name: str, table: Generation, train: np.ndarray | None) -> Ledger:
         """Where the cells of a table are kept; other weights, texts or options have another file."""
         networks = {"tokenizer"}.union(*map(networks_of, table.systems))
         context = {
@@ -105,7 +106,7 @@ class Bench:
             "processes": (FOLDER / "pipeline" / "crocodil.json").read_text(),
             "judge": fingerprint(FOLDER / "judge-lm"),
             "texts": array_fingerprint(table.held_out.numpy()),
-            "train": None if table.train is None else array_fingerprint(self.data.array("train")),
+            "train": None if train is None else array_fingerprint(train),
             "options": [table.num_samples, table.batch_size, table.mauve_seeds],
         }
         return Ledger(FOLDER / "cells", name, context)

@@ -5,10 +5,10 @@ from dataclasses import asdict
 from statistics import fmean, median
 
 from headline_bench import Bench
-from headline_tuning import STUDENT_STEPS, TEACHER_LADDER, Choice, drawn_by, is_as_good
+from headline_tuning import STUDENT_STEPS, TEACHER_LADDER, Choice, drawn_by, entropy_floor, is_as_good
 
 from crocodil.evaluation.intervals import interval, ratio_interval
-from crocodil.evaluation.verdict import DRAWING, ENTROPY_SLACK, Row
+from crocodil.evaluation.verdict import DRAWING, Row
 from crocodil.experiments import SystemGrid
 
 MEASURES = ("judge_nll", "mauve", "entropy", "parse_rate", "distance")
@@ -42,11 +42,6 @@ def compare(bench: Bench, rows: Sequence[Row], name: str, choice: Choice, algori
 def means(rows: Sequence[Row]) -> Row:
     """Figures of a setting over its seeds."""
     return {"algorithm": rows[0]["algorithm"]} | {name: fmean(row[name] for row in rows) for name in MEASURES}
-
-
-def entropy_floor(rows: Sequence[Row]) -> float:
-    """The entropy of the data among these rows minus `ENTROPY_SLACK`, in nats."""
-    return fmean(row["entropy"] for row in rows if row["algorithm"] == "data") - ENTROPY_SLACK
 
 
 def rows_of(rows: Sequence[Row], grid: SystemGrid) -> list[Row]:

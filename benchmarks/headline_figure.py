@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from headline_compare import entropy_floor
+from headline_tuning import entropy_floor
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 

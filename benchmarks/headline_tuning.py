@@ -111,7 +111,7 @@ class Tuned:
     Attributes:
         choices: by the name of the reference.
         frontier: for each system and budget the setting that the judge likes best among those that keep the entropy.
-        floor: the data's entropy minus `ENTROPY_SLACK`, in nats.
+        floor: see `entropy_floor`.
     """
 
     choices: dict[str, Choice]
@@ -129,7 +129,7 @@ def tune(grids: Grids, measure: Measure, measure_well: Measure) -> Tuned:
     """
     rows = measure("base", grids.base)
     rows += measure("sketched", [drawn_by(grid, "prior", TEACHER_STEPS) for grid in grids.sketched])
-    floor = fmean(row["entropy"] for row in rows if row["algorithm"] == "data") - ENTROPY_SLACK
+    floor = entropy_floor(rows)
     most = grids.base[0].num_steps[0]
     bases = [row for row in rows if row["algorithm"] == "base" and not is_adaptive(only(row))]
     at_most = [row for row in bases if row["num_steps"] == most]
@@ -195,6 +195,11 @@ def frontier(rows: Sequence[Row], floor: float) -> list[SystemGrid]:
         elif best is not None:
             found.append(drawn_by(only(best), "student", 2))
     return found
+
+
+def entropy_floor(rows: Sequence[Row]) -> float:
+    """The entropy of the data among these rows minus `ENTROPY_SLACK`, in nats."""
+    return fmean(row["entropy"] for row in rows if row["algorithm"] == "data") - ENTROPY_SLACK
 
 
 def is_as_good(row: Row, reference: Row, floor: float) -> bool:

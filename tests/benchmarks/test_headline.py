@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 from zipfile import ZipFile
 
+import numpy as np
 import pytest
+import torch
 
 from crocodil.data.corpora import standard_library_files
 from crocodil.experiments import SystemGrid
@@ -244,6 +246,52 @@ def test_a_package_that_cannot_be_had_is_named(
         corpus.build(tmp_path / "corpus")
 
 
+def test_a_wheel_is_loaded_once_or_pip_tells_why(
+    headline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = headline.headline_corpus
+    calls: list[list[str]] = []
+
+    def pip(command: list[str], **options: Any) -> Any:
+        calls.append(command)
+        return SimpleNamespace(stderr="WARNING: slow\nERROR: no such thing\n")
+
+    monkeypatch.setattr(corpus.subprocess, "run", pip)
+    assert corpus.download("some-thing==1.0", tmp_path) == "ERROR: no such thing"
+    assert len(calls) == 1 and calls[0][-1] == "some-thing==1.0"
+    wheel = tmp_path / "Some_Thing-1.0-py3-none-any.whl"
+    wheel.touch()
+    assert corpus.download("some-thing==1.0", tmp_path) == wheel and len(calls) == 1
+
+
+def test_figures_of_other_weights_or_texts_are_not_taken(
+    headline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = sys.modules["headline_bench"]
+    monkeypatch.setattr(bench, "FOLDER", tmp_path)
+    files = ("pipeline/tokenizer/a", "pipeline/base/a", "pipeline/crocodil.json", "judge-lm/a", "pipeline/student/a")
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("once")
+    systems, texts = [SystemGrid("base", [4])], torch.zeros(2, 3, dtype=torch.long)
+    table = SimpleNamespace(systems=systems, held_out=texts, num_samples=1, batch_size=None, mauve_seeds=())
+
+    def kept_in(train: np.ndarray | None = None) -> Path:
+        path: Path = bench.Bench.ledger(None, "name", table, train).path
+        return path
+
+    first = kept_in()
+    assert kept_in() == first != kept_in(np.zeros(2)) != kept_in(np.ones(2))
+    (tmp_path / "pipeline/student/a").write_text("again")  # the base does not write with it
+    assert kept_in() == first
+    seen = {first}
+    for name in files[:-1]:
+        (tmp_path / name).write_text("again")
+        seen.add(kept_in())
+    texts += 1
+    assert len(seen | {kept_in()}) == len(files) + 1
+
+
 def test_large_packages_are_thinned_out_evenly(headline: Any) -> None:
     spread: Callable[..., list[tuple[str, int]]] = headline.headline_corpus.spread
     files = [(f"m{number}.py", 10) for number in range(100)]
@@ -303,6 +351,8 @@ def test_trials_of_one_autoencoder_share_it(headline: Any) -> None:
 
     trials = recipe.TRIALS
     assert recipe.folder_of("autoencoder", trials["d = 10"].autoencoder) == recipe.folder_of("autoencoder", ())
+    reseeded = {option.partition("=")[0] for option in trials["other seeds"].autoencoder}
+    assert reseeded == {"--seed_everything", "--model.init_args.seed", "--data.init_args.seed"}
     folders = [recipe.folder_of("prior", trial.autoencoder + trial.prior) for trial in trials.values()]
     assert len(set(folders)) == len(trials)
     assert (
